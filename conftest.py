@@ -1,0 +1,87 @@
+"""What every test and bench shares: the device, seeds, NaN poison, markers and our options."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before any kernel is imported: Triton reads it at import
+    os.environ["TRITON_INTERPRET"] = "1"
+# no test may reach a model hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--benchmark", action="store_true", help="run the microbenchmarks in bench/ and no tests"
+    )
+    parser.addoption(
+        "--aot-all", action="store_true", help="compile kernels for every target, not sm_80/sm_90"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        if config.option.benchmark:
+            raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install '.[bench]'")
+        return
+    chosen = config.option.benchmark_only or getattr(config.option, "benchmark_enable", False)
+    if config.option.benchmark:
+        config.option.benchmark_only = True
+        if config.args_source == pytest.Config.ArgsSource.TESTPATHS:
+            config.args[:] = ["bench"]
+    elif not chosen:
+        config.option.benchmark_skip = True
+
+
+def pytest_report_header() -> str:
+    if HAS_GPU:
+        return f"lowbit: GPU {torch.cuda.get_device_name()}, kernels compiled"
+    return "lowbit: no GPU, kernels run in Triton's interpreter; tests marked gpu are skipped"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialized_memory() -> Iterator[None]:
+    """Fill torch.empty with NaN, so that an output element which nobody writes fails loudly."""
+    original = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        out = original(*args, **kwargs)
+        if out.device.type != "meta" and not _is_fake(out) and out.numel():
+            if out.is_floating_point():
+                out.detach().fill_(float("nan"))
+            elif out.dtype in (torch.int8, torch.int32):
+                out.fill_(torch.iinfo(out.dtype).min)
+        return out
+
+    torch.empty = poisoned
+    try:
+        yield
+    finally:
+        torch.empty = original
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,0 +1,80 @@
+"""Low-bit speech encoders: quantized linear, conv1d and attention behind drop-in modules.
+
+>>> from lowbit_kernels import quantize
+>>> report = quantize(model)  # any wav2vec2-family model, in place
+
+Names load on first use, so importing the package costs little.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit_kernels.attention import DenseBias, flash_attention
+    from lowbit_kernels.checkpoint import (
+        CheckpointError,
+        inspect_checkpoint,
+        load_quantized,
+        save_quantized,
+    )
+    from lowbit_kernels.conv1d import low_bit_conv1d
+    from lowbit_kernels.conversion import dequantize, quantize
+    from lowbit_kernels.formats import QuantConfig, QuantSpec
+    from lowbit_kernels.integrations.huggingface import LowbitConfig
+    from lowbit_kernels.matmul import low_bit_linear
+    from lowbit_kernels.modules import QAttention, QConv1d, QLinear
+
+__version__ = version("lowbit-kernels")
+
+_HOME = {
+    "CheckpointError": "checkpoint",
+    "DenseBias": "attention",
+    "LowbitConfig": "integrations.huggingface",
+    "QAttention": "modules",
+    "QConv1d": "modules",
+    "QLinear": "modules",
+    "QuantConfig": "formats",
+    "QuantSpec": "formats",
+    "dequantize": "conversion",
+    "flash_attention": "attention",
+    "inspect_checkpoint": "checkpoint",
+    "load_quantized": "checkpoint",
+    "low_bit_conv1d": "conv1d",
+    "low_bit_linear": "matmul",
+    "quantize": "conversion",
+    "save_quantized": "checkpoint",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DenseBias",
+    "LowbitConfig",
+    "QAttention",
+    "QConv1d",
+    "QLinear",
+    "QuantConfig",
+    "QuantSpec",
+    "dequantize",
+    "flash_attention",
+    "inspect_checkpoint",
+    "load_quantized",
+    "low_bit_conv1d",
+    "low_bit_linear",
+    "quantize",
+    "save_quantized",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # the model libraries' adapters come with the first name, whichever it is
+    import_module("lowbit_kernels.integrations")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,216 @@
+"""Triton kernels of flash_attention's backward: no atomics, so the same bits every time.
+
+One program owns a tile of queries (dq and the bias's gradient), or of keys (dk and dv).
+
+Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
+"""
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_kernels.attention.config import default_config, input_precision, shared_limit
+from lowbit_kernels.attention.forward_kernel import bias_strides, empty_heads, rows
+from lowbit_kernels.attention.scores_kernel import (
+    LOG2_E,
+    add_bias,
+    kept_by_dropout,
+    load_frames,
+    load_length,
+    score_ptrs,
+    store_frames,
+    visible,
+    visible_range,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _flash_attention_bwd_delta_kernel(
+    out_ptr, grad_ptr, delta_ptr,
+    H, T, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    out_ptr += b * stride_ob + h * stride_oh
+    grad_ptr += b * stride_gb + h * stride_gh
+    out = load_frames(out_ptr, offs_m, stride_ot, T, D, BLOCK_D).to(tl.float32)
+    grad = load_frames(grad_ptr, offs_m, stride_gt, T, D, BLOCK_D).to(tl.float32)
+    tl.store(delta_ptr + bh.to(tl.int64) * T + offs_m, tl.sum(out * grad, 1), mask=offs_m < T)
+
+
+@triton.jit(do_not_specialize=["T", "window"])
+def _flash_attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, bias_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    dq_ptr, dbias_ptr,
+    H, T, window, scale, dropout_p,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
+    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    start_m = tl.program_id(0) * BLOCK_M
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    row = bh.to(tl.int64) * T
+    length = load_length(lengths_ptr, b, T)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    grad_ptr += b * stride_gb + h * stride_gh
+    if bias_ptr is not None:
+        bias_ptr += b * stride_ab + h * stride_ah
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = load_frames(q_ptr, offs_m, stride_qt, length, D, BLOCK_D)
+    grad = load_frames(grad_ptr, offs_m, stride_gt, length, D, BLOCK_D)
+    lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0) * LOG2_E
+    delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    lo, hi = visible_range(start_m, length, window, BLOCK_M, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_frames(k_ptr, offs_n, stride_kt, length, D, BLOCK_D)
+        v = load_frames(v_ptr, offs_n, stride_vt, length, D, BLOCK_D)
+        offs_q, offs_k = offs_m[:, None], offs_n[None, :]
+        mask = visible(offs_q, offs_k, length, window)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * (scale * LOG2_E)
+        scores = add_bias(
+            scores, bias_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
+        )
+        probs = tl.where(mask, tl.exp2(scores - lse[:, None]), 0.0)
+        grad_probs = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)
+        if seed_ptr is not None:
+            keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
+            grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
+        grad_scores = probs * (grad_probs - delta[:, None])
+        if dbias_ptr is not None:
+            ptrs = score_ptrs(dbias_ptr + row * T, start_m, start_n, offs_q, offs_k, T, 1)
+            tl.store(ptrs, grad_scores, mask=mask)
+        dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+
+    dq_ptr += b * stride_ob + h * stride_oh
+    store_frames(dq_ptr, offs_m, stride_ot, dq * scale, T, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T", "window"])
+def _flash_attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, bias_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,
+    H, T, window, scale, dropout_p,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
+    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    start_n = tl.program_id(0) * BLOCK_N
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    row = bh.to(tl.int64) * T
+    length = load_length(lengths_ptr, b, T)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    grad_ptr += b * stride_gb + h * stride_gh
+    if bias_ptr is not None:
+        bias_ptr += b * stride_ab + h * stride_ah
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = load_frames(k_ptr, offs_n, stride_kt, length, D, BLOCK_D)
+    v = load_frames(v_ptr, offs_n, stride_vt, length, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    lo, hi = visible_range(start_n, length, window, BLOCK_N, BLOCK_M)
+    for start_m in range(lo, hi, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_frames(q_ptr, offs_m, stride_qt, length, D, BLOCK_D)
+        grad = load_frames(grad_ptr, offs_m, stride_gt, length, D, BLOCK_D)
+        lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0) * LOG2_E
+        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
+        # everything is transposed, [BLOCK_N, BLOCK_M], so that no product transposes a result
+        offs_q, offs_k = offs_m[None, :], offs_n[:, None]
+        mask = visible(offs_q, offs_k, length, window)
+        scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * (scale * LOG2_E)
+        scores = add_bias(
+            scores, bias_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
+        )
+        probs = tl.where(mask, tl.exp2(scores - lse[None, :]), 0.0)
+        grad_probs = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)
+        dropped = probs
+        if seed_ptr is not None:
+            keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
+            dropped = tl.where(keep, probs / (1.0 - dropout_p), 0.0)
+            grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
+        dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
+        grad_scores = probs * (grad_probs - delta[None, :])
+        dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+
+    dk_ptr += b * stride_ob + h * stride_oh
+    dv_ptr += b * stride_ob + h * stride_oh
+    store_frames(dk_ptr, offs_n, stride_ot, dk * scale, T, D, BLOCK_D)
+    store_frames(dv_ptr, offs_n, stride_ot, dv, T, D, BLOCK_D)
+
+
+def flash_attention_backward_triton(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float,
+    dropout_p: float,
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernels on tensors of the forward. op.py has checked the inputs."""
+    B, H, T, D = q.shape
+    dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
+    grad_scores = None
+    if bias is not None and needs_bias_grad:
+        # zeros: tiles that no query sees are not visited
+        grad_scores = torch.zeros(B, H, T, T, device=q.device, dtype=torch.float32)
+    if q.numel() > 0:
+        q, k, v, grad_out = rows(q), rows(k), rows(v), rows(grad_out)
+        limit = shared_limit(q.device)
+        dq_config = default_config("backward_dq", D, q.element_size(), limit)
+        dkdv_config = default_config("backward_dkdv", D, q.element_size(), limit)
+        delta = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
+        block_m = 64
+        _flash_attention_bwd_delta_kernel[(triton.cdiv(T, block_m), B * H)](
+            out, grad_out, delta, H, T, *out.stride()[:3], *grad_out.stride()[:3],
+            D=D, BLOCK_D=dq_config.block_d, BLOCK_M=block_m, num_warps=4,
+        )  # fmt: skip
+        tensors = (q, k, v, lengths, bias, seed, grad_out, lse, delta)
+        options = (H, T, None if window is None else min(window, T), scale, dropout_p)
+        strides = (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides(bias, q),
+            *grad_out.stride()[:3], *dq.stride()[:3],
+        )  # fmt: skip
+        _flash_attention_bwd_dq_kernel[(triton.cdiv(T, dq_config.block_m), B * H)](
+            *tensors, dq, grad_scores, *options, *strides,
+            D=D, BLOCK_D=dq_config.block_d, BLOCK_M=dq_config.block_m,
+            BLOCK_N=dq_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
+            num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
+        )  # fmt: skip
+        _flash_attention_bwd_dkdv_kernel[(triton.cdiv(T, dkdv_config.block_n), B * H)](
+            *tensors, dk, dv, *options, *strides,
+            D=D, BLOCK_D=dkdv_config.block_d, BLOCK_M=dkdv_config.block_m,
+            BLOCK_N=dkdv_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
+            num_warps=dkdv_config.num_warps, num_stages=dkdv_config.num_stages,
+        )  # fmt: skip
+    if bias is None or grad_scores is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)

@@ -1,0 +1,351 @@
+"""torch.ops.lowbit.flash_attention: schema, validation, fake, backends and gradient.
+
+Dimension key: B batch, H heads, T frames, D head dimension.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_kernels.attention.position import DenseBias
+from lowbit_kernels.attention.reference import (
+    attention_mask,
+    flash_attention_backward_reference,
+    flash_attention_reference,
+)
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+torch.library.define(
+    "lowbit::flash_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? bias, Tensor? seed, int? window, "
+    "float? scale, float dropout_p) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "lowbit::flash_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lengths, "
+    "Tensor? bias, Tensor? seed, int? window, float? scale, float dropout_p, "
+    "bool needs_bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+)
+
+
+def _empty_heads(q: Tensor) -> Tensor:
+    """Uninitialized [B, H, T, D] in memory order [B, T, H, D]: heads merge without a copy."""
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2)
+
+
+@torch.library.register_fake("lowbit::flash_attention")
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.register_fake("lowbit::flash_attention_backward")
+def _fake_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = _empty_heads(q), _empty_heads(q), _empty_heads(q)
+    if bias is None or not needs_bias_grad:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, bias.new_empty(bias.shape)
+
+
+def _cpu_keep(q: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    """The dropout mask of this seed, divided by the probability to keep."""
+    if seed is None:
+        return None
+    B, H, T, _ = q.shape
+    generator = torch.Generator().manual_seed(int(seed))
+    return (torch.rand(B, H, T, T, generator=generator) >= dropout_p) / (1 - dropout_p)
+
+
+def _cpu_bias(
+    q: Tensor, lengths: Tensor | None, bias: Tensor | None, window: int | None
+) -> Tensor | None:
+    """The bias with -inf wherever a key is not to be seen, broadcastable to [B, H, T, T]."""
+    T, dtype = q.shape[2], q.dtype
+    if bias is not None:
+        bias = bias.to(dtype)
+    if window is not None:
+        allowed = attention_mask(T, lengths, window, q.device)
+    elif lengths is not None:
+        # a mask of the keys is enough: the rows of padded queries are zeroed afterwards
+        allowed = (torch.arange(T) < lengths[:, None])[:, None, None]
+    else:
+        return bias
+    if bias is None:
+        bias = torch.zeros((), dtype=dtype)
+    return torch.where(allowed, bias, -torch.inf)
+
+
+@torch.library.register_kernel("lowbit::flash_attention", "cpu")
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _empty_heads(q), q.new_empty(0)
+    if q.numel() == 0:
+        return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    if seed is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        result, lse = flash_attention_reference(
+            q.to(wide), k.to(wide), v.to(wide), lengths, bias, window, scale,
+            _cpu_keep(q, seed, dropout_p),
+        )  # fmt: skip
+        return out.copy_(result), lse
+    # what F.scaled_dot_product_attention runs on a CPU, called by name for its second output
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, attn_mask=_cpu_bias(q, lengths, bias, window), scale=scale
+    )
+    lse = lse.contiguous()
+    if lengths is not None:
+        padded = (torch.arange(q.shape[2]) >= lengths[:, None])[:, None]  # [B, 1, T]
+        result.masked_fill_(padded[..., None], 0.0)
+        lse.masked_fill_(padded, 0.0)
+    return result, lse
+
+
+@torch.library.register_kernel("lowbit::flash_attention_backward", "cpu")
+def _cpu_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    *grads, grad_scores = flash_attention_backward_reference(
+        grad_out.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide), lse,
+        lengths, bias, window, scale, _cpu_keep(q, seed, dropout_p),
+    )  # fmt: skip
+    dq, dk, dv = (_empty_heads(q).copy_(grad) for grad in grads)
+    if bias is None or not needs_bias_grad:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)
+
+
+@torch.library.register_kernel("lowbit::flash_attention", "cuda")
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
+    from lowbit_kernels.attention.forward_kernel import flash_attention_triton
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.cuda.device(q.device):  # else Triton launches on device 0
+        return flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
+
+
+@torch.library.register_kernel("lowbit::flash_attention_backward", "cuda")
+def _cuda_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout_p: float,
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.cuda.device(q.device):
+        return flash_attention_backward_triton(
+            grad_out, q, k, v, out, lse,
+            lengths, bias, seed, window, scale, dropout_p, needs_bias_grad,
+        )  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, lengths, bias, seed, *ctx.options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, lengths, bias, seed)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    needs_bias_grad = ctx.needs_input_grad[4]
+    dq, dk, dv, dbias = torch.ops.lowbit.flash_attention_backward.default(
+        grad_out, *ctx.saved_tensors, *ctx.options, needs_bias_grad
+    )
+    return dq, dk, dv, None, dbias if needs_bias_grad else None, None, None, None, None
+
+
+torch.library.register_autograd("lowbit::flash_attention", _backward, setup_context=_setup_context)
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, H, T, D], got shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(
+                f"{name} must have q's shape {tuple(q.shape)} (self-attention; cross-attention "
+                f"is served by F.scaled_dot_product_attention), got {tuple(x.shape)}"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must have q's dtype and device, {q.dtype} on {q.device}, "
+                f"got {x.dtype} on {x.device}"
+            )
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"q's head dimension must be 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
+    if q.dtype not in DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+        raise ValueError(f"q must be fp16, bf16 or fp32 (fp64 on a CPU only), got {q.dtype}")
+
+
+def _check_options(
+    q: Tensor, lengths: Tensor | None, window: int | None, scale: float | None, dropout_p: float
+) -> None:
+    if lengths is not None:
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise ValueError(
+                f"lengths must be an int32 or int64 tensor (one length an utterance; other masks "
+                f"are served by F.scaled_dot_product_attention), got {got}"
+            )
+        if lengths.shape != q.shape[:1] or lengths.device != q.device:
+            raise ValueError(
+                f"lengths must be [{q.shape[0]}] on {q.device}, "
+                f"got {list(lengths.shape)} on {lengths.device}"
+            )
+    if window is not None and (isinstance(window, bool) or window < 0):
+        raise ValueError(f"window must be an int >= 0 (frames each side) or None, got {window}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _dense_bias(q: Tensor, position: DenseBias | None) -> Tensor | None:
+    """The bias of ``position`` as [B or 1, H or 1, T or 1, T or 1]."""
+    if position is None:
+        return None
+    if not isinstance(position, DenseBias):
+        raise ValueError(f"position must be None or DenseBias, got {type(position).__name__}")
+    bias, scores = position.bias, (*q.shape[:3], q.shape[2])
+    if not bias.is_floating_point() or bias.device != q.device:
+        raise ValueError(
+            f"position.bias must be floating point on {q.device} (a boolean mask is served by "
+            f"F.scaled_dot_product_attention), got {bias.dtype} on {bias.device}"
+        )
+    fits = bias.dim() <= 4 and all(
+        size in (1, full)
+        for size, full in zip(reversed(bias.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"position.bias must broadcast to [B, H, T, T] = {list(scores)}, got {list(bias.shape)}"
+        )
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    window: int | None = None,
+    position: DenseBias | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attend every frame to every other in both directions, without storing the scores.
+
+    Equivalent to ``F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)``
+    with an ``attn_mask`` that holds the bias, and -inf for keys beyond ``lengths`` or ``window``.
+    A query with nothing to attend to, as those of padding frames, gives 0 and has gradient 0.
+
+    Args:
+        q: [B, H, T, D], fp16, bf16 or fp32 (fp64 on a CPU), D at most 256. Any strides. Under
+            autocast q, k and v are cast to autocast's dtype.
+        k: like q.
+        v: like q.
+        lengths: [B], int32 or int64, on q's device: the valid frames of each utterance, the rest
+            being padding (of finite numbers) on the right. Below 0 acts as 0, above T as T.
+        window: frames that a query sees on each side of itself. None: all of them.
+        position: what the position scheme adds to the scores: None or a ``DenseBias``.
+        scale: multiplies q @ k. None: 1 / sqrt(D).
+        dropout_p: the probability to drop an attention weight, in [0, 1). The mask is drawn from
+            PyTorch's generator of q's device, anew at every replay of a CUDA graph.
+
+    Returns:
+        [B, H, T, D], in the dtype of q, laid out so that ``.transpose(1, 2)`` is contiguous.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or value, naming the argument.
+    """
+    _check_heads(q, k, v)
+    _check_options(q, lengths, window, scale, dropout_p)
+    bias = _dense_bias(q, position)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
+    out: Tensor
+    out, _ = torch.ops.lowbit.flash_attention.default(
+        q, k, v, lengths, bias, seed, window, scale, dropout_p
+    )
+    return out

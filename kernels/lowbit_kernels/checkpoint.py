@@ -1,0 +1,346 @@
+"""Save, load and inspect quantized models of any kind: safetensors and JSON, no pickle.
+
+A checkpoint is a directory:
+
+* ``lowbit.json``, the manifest: format version, every quantized layer's kind and spec, how to
+  rebuild the model (transformers models), the name and SHA-256 of the tensor file, and a SHA-256 of
+  the manifest itself.
+* ``weights-<hash>.safetensors``: the state dict.
+
+The tensor file is written under a new name and the manifest is replaced last, in one rename: a
+full disk or a kill at any moment leaves either the old checkpoint or the new one.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowbit_kernels.conversion import adapt, finish
+from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
+from lowbit_kernels.integrations import rebuild
+from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
+
+MANIFEST = "lowbit.json"
+_KINDS: dict[str, type[QLinear | QConv1d]] = {"QLinear": QLinear, "QConv1d": QConv1d}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds.
+
+    Args:
+        path: the directory.
+        format_version: of the packed format.
+        model: class of the model.
+        layers: quantized layers, name to ``{"kind", "spec"}``.
+        nbytes: bytes of the tensor file.
+        tensors: how many tensors it holds.
+    """
+
+    path: str
+    format_version: int
+    model: str
+    layers: dict[str, dict[str, Any]]
+    nbytes: int
+    tensors: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title = (
+            f"{self.model}, {len(self.layers)} low-bit layers, {self.nbytes / 1e6:.2f} MB, "
+            f"format {self.format_version}"
+        )
+        table = Table(title=title, title_justify="left", title_style="bold", box=None)
+        for column in ("layer", "kind", "spec"):
+            table.add_column(column, overflow="fold")
+        for name, layer in self.layers.items():
+            table.add_row(name, layer["kind"], str(QuantSpec(**layer["spec"])))
+        yield table
+
+
+def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a quantized model; an older checkpoint at ``path`` stays intact until this one is whole.
+
+    Args:
+        model: a model with at least one quantized layer.
+        path: directory, created if missing.
+
+    Raises:
+        ValueError: if the model holds no quantized layer.
+        OSError: if the disk refuses; the old checkpoint is intact.
+    """
+    layers = {
+        name: {"kind": type(module).__name__, "spec": module.spec.to_dict()}
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+    }
+    if not layers:
+        raise ValueError(
+            f"model must hold quantized layers, got a {type(model).__name__} with none"
+        )
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors, aliases = _unshare(model.state_dict())
+    weights = _write_weights(tensors, directory)
+    manifest: dict[str, Any] = {
+        "format": "lowbit_kernels",
+        "format_version": FORMAT_VERSION,
+        "written_by": f"lowbit-kernels {version('lowbit-kernels')}",
+        "model": type(model).__name__,
+        "rebuild": rebuild.describe(model),
+        "layers": layers,
+        "weights": {"file": weights.name, "sha256": _sha256(weights), "aliases": aliases},
+    }
+    manifest["sha256"] = _manifest_hash(manifest)
+    _commit(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    for stale in directory.glob("weights-*.safetensors"):
+        if stale != weights:
+            stale.unlink()
+
+
+def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Load a checkpoint of ``save_quantized`` or a quantized transformers directory.
+
+    Args:
+        path: the directory.
+        model: a float model of the same architecture, changed in place; needed unless the model is
+            one of transformers'.
+
+    Returns:
+        The quantized model: ``model``, or one rebuilt on the CPU in eval mode.
+
+    Raises:
+        CheckpointError: naming the file and the reason: missing, truncated, tampered with, of a
+            newer format version, a pickle, or of another model; ``model`` is unchanged.
+        ValueError: if ``model`` is needed and was not given.
+    """
+    directory = Path(path)
+    if not (directory / MANIFEST).exists() and rebuild.is_quantized_pretrained(directory):
+        return _pretrained(directory, model)
+    manifest = _read_manifest(directory)
+    state = _read_weights(directory, manifest["weights"])
+    target = model
+    if target is None:
+        if manifest["rebuild"] is None:
+            raise ValueError(
+                f"model must be given to load a {manifest['model']}, which cannot be rebuilt "
+                "from JSON; got None"
+            )
+        target = rebuild.build(manifest["rebuild"]).eval()
+    skeletons = _skeletons(target, manifest["layers"], directory / MANIFEST)
+    _check_fit(target, skeletons, state, directory / manifest["weights"]["file"])
+    for name, layer in skeletons.items():
+        target.set_submodule(name, layer)
+    adapt(target)
+    target.load_state_dict(state)
+    spec = next(iter(skeletons.values())).spec
+    finish(target, QuantConfig(spec))
+    return target
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """What a checkpoint holds, without building the model.
+
+    Raises:
+        CheckpointError: as ``load_quantized``.
+    """
+    directory = Path(path)
+    if not (directory / MANIFEST).exists() and rebuild.is_quantized_pretrained(directory):
+        name, layers = rebuild.inspect_pretrained(directory)
+        files = sorted(directory.glob("*.safetensors"))
+    else:
+        manifest = _read_manifest(directory)
+        name, layers = manifest["model"], manifest["layers"]
+        files = [directory / manifest["weights"]["file"]]
+        _check_hash(files[0], manifest["weights"]["sha256"])
+    return CheckpointInfo(
+        path=str(path),
+        format_version=FORMAT_VERSION,
+        model=name,
+        layers=layers,
+        nbytes=sum(file.stat().st_size for file in files),
+        tensors=sum(_count_tensors(file) for file in files),
+    )
+
+
+def _unshare(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, and for every tied one the name under which it is written."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, aliases
+
+
+def _write_weights(tensors: dict[str, Tensor], directory: Path) -> Path:
+    handle, temporary = tempfile.mkstemp(prefix=".weights-", dir=directory)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        final = directory / f"weights-{_sha256(Path(temporary))[:16]}.safetensors"
+        os.replace(temporary, final)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return final
+
+
+def _commit(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        if directory.is_file():
+            raise CheckpointError(f"{directory}: a file, not a checkpoint directory")
+        raise CheckpointError(f"{path}: not found, so this is not a low-bit checkpoint")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: truncated or not JSON ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "lowbit_kernels":
+        raise CheckpointError(f"{path}: not a manifest of lowbit_kernels")
+    found = manifest.get("format_version")
+    if not isinstance(found, int) or found > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {found}, this release reads up to {FORMAT_VERSION}; "
+            "upgrade lowbit-kernels"
+        )
+    if manifest.get("sha256") != _manifest_hash(manifest):
+        raise CheckpointError(f"{path}: its SHA-256 does not match, so it was changed")
+    return manifest
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not found")
+    if _sha256(path) != expected:
+        raise CheckpointError(f"{path}: truncated or changed, its SHA-256 does not match")
+
+
+def _read_weights(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    path = directory / entry["file"]
+    _check_hash(path, entry["sha256"])
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    return state | {name: state[kept] for name, kept in entry["aliases"].items()}
+
+
+def _count_tensors(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return len(file.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _pretrained(directory: Path, model: nn.Module | None) -> nn.Module:
+    if model is not None:
+        raise ValueError(
+            f"model must be None for a transformers directory, which names its own class; "
+            f"got a {type(model).__name__}"
+        )
+    try:
+        return rebuild.load_pretrained(directory)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+
+
+def _skeletons(
+    model: nn.Module, layers: dict[str, dict[str, Any]], manifest: Path
+) -> dict[str, QLinear | QConv1d]:
+    """Empty quantized layers in the shapes of the model's own."""
+    modules = dict(model.named_modules())
+    skeletons = {}
+    for name, entry in layers.items():
+        old, kind = modules.get(name), _KINDS.get(entry["kind"])
+        base = nn.Linear if kind is QLinear else nn.Conv1d
+        if kind is None or not isinstance(old, base):
+            found = "nothing" if old is None else f"a {type(old).__name__}"
+            raise CheckpointError(
+                f"{manifest}: holds a {entry['kind']} {name!r} where the model has {found}; "
+                "it was saved from another model"
+            )
+        skeletons[name] = kind.empty_like(old, QuantSpec(**entry["spec"]))
+    return skeletons
+
+
+def _check_fit(
+    model: nn.Module,
+    skeletons: dict[str, QLinear | QConv1d],
+    state: dict[str, Tensor],
+    path: Path,
+) -> None:
+    replaced = tuple(f"{name}." for name in skeletons)
+    expected = {
+        key: tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if not key.startswith(replaced)
+    }
+    for name, layer in skeletons.items():
+        for key, value in layer.state_dict().items():
+            expected[f"{name}.{key}"] = tuple(value.shape)
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if wrong := sorted(set(expected.items()) ^ set(found.items())):
+        key, shape = wrong[0]
+        raise CheckpointError(
+            f"{path}: saved from another model: {key!r} is {found.get(key, 'missing')} in the "
+            f"file and {expected.get(key, 'missing')} in the model "
+            f"({len({k for k, _ in wrong})} tensors differ)"
+        )

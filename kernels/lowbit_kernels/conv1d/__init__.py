@@ -1,0 +1,7 @@
+"""One-dimensional convolution with a low-bit weight: dense, grouped and depthwise."""
+
+from lowbit_kernels.conv1d.geometry import Geometry
+from lowbit_kernels.conv1d.op import low_bit_conv1d
+from lowbit_kernels.conv1d.reference import conv1d_reference, quantize_utterances
+
+__all__ = ["Geometry", "conv1d_reference", "low_bit_conv1d", "quantize_utterances"]

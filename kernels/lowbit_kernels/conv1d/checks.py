@@ -1,0 +1,92 @@
+"""What low_bit_conv1d accepts, checked once before anything runs."""
+
+import torch
+from torch import Tensor
+
+from lowbit_kernels.conv1d.geometry import Geometry, Padding, resolve_padding
+from lowbit_kernels.formats import QuantizedWeight
+
+EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_geometry(
+    x: Tensor, weight: QuantizedWeight, stride: int, padding: Padding, dilation: int, groups: int
+) -> Geometry:
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, C, T], got shape {tuple(x.shape)}")
+    for name, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    C, N = x.shape[1], weight.N
+    if C % groups or N % groups:
+        raise ValueError(f"groups must divide the channels, got {groups} for {C} in and {N} out")
+    if weight.is_depthwise and not groups == C == N:
+        raise ValueError(
+            "a depthwise weight needs groups == input channels == output channels, "
+            f"got {groups}, {C} and {N}"
+        )
+    if C == 0 or weight.K % (C // groups):
+        raise ValueError(
+            f"x has {C} channels in {groups} groups, which do not fit a weight of "
+            f"{weight.K} values an output channel"
+        )
+    kernel_size = weight.K // (C // groups)
+    left, right = resolve_padding(padding, kernel_size, stride, dilation)
+    geometry = Geometry(kernel_size, stride, left, right, dilation, groups)
+    if x.shape[2] + left + right < geometry.span:
+        raise ValueError(
+            f"x must have at least {geometry.span} frames, padding included, for kernel size "
+            f"{kernel_size} and dilation {dilation}, got {x.shape[2]} + {left} + {right}"
+        )
+    return geometry
+
+
+def check_tensors(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+) -> None:
+    spec, N = weight.spec, weight.N
+    if spec.inputs not in (None, "int8"):
+        raise NotImplementedError(f"conv1d serves inputs None and 'int8', got {spec.inputs!r}")
+    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64 on a CPU), got {x.dtype}")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"epilogue must be one of {EPILOGUES}, got {epilogue!r}")
+    if epilogue == "glu" and N % 2:
+        raise ValueError(f"epilogue='glu' needs an even number of output channels, got {N}")
+    if weight.qweight.device != x.device:
+        raise ValueError(
+            f"x and weight must share a device, got {x.device} and {weight.qweight.device}"
+        )
+    if spec.inputs == "int8" and spec.input_scale == "static" and weight.input_scale is None:
+        raise ValueError("a static input scale needs weight.input_scale, got None")
+    B, T_out = x.shape[0], geometry.frames_out(x.shape[2])
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), (x.dtype,), x.device)
+    if residual is not None:
+        N_out = N // 2 if epilogue == "glu" else N
+        _check_tensor("residual", residual, (B, N_out, T_out), (x.dtype,), x.device)
+    if lengths is not None:
+        _check_tensor("lengths", lengths, (B,), (torch.int32, torch.int64), x.device)
+
+
+def _check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes or tensor.device != device:
+        raise ValueError(
+            f"{name} must be {' or '.join(map(str, dtypes))} on {device}, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )

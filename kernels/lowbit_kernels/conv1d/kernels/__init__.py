@@ -1,0 +1,1 @@
+"""Triton kernels of the one-dimensional convolutions; import them only where a GPU is used."""

@@ -1,0 +1,17 @@
+"""Whole models: quantize and dequantize, static calibration, the report."""
+
+from lowbit_kernels.conversion.convert import adapt, dequantize, quantize
+from lowbit_kernels.conversion.registry import ADAPTERS, FINISHERS, Adapter, finish
+from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
+
+__all__ = [
+    "ADAPTERS",
+    "FINISHERS",
+    "Adapter",
+    "LayerReport",
+    "QuantizationReport",
+    "adapt",
+    "dequantize",
+    "finish",
+    "quantize",
+]

@@ -1,0 +1,58 @@
+"""Static input scales: the largest input each layer sees on calibration clips."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INT8_MAX = 127
+
+
+def observe_input_scales(
+    model: nn.Module, layers: Mapping[str, nn.Module], clips: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Run the float model on clips and return one int8 scale [] fp32 a layer: max |input| / 127.
+
+    Args:
+        model: the float model; left in the mode it was in.
+        layers: the layers to watch, by name.
+        clips: each a tensor (the model's first argument; a 1-D waveform becomes a batch of one) or
+            a mapping of keyword arguments.
+
+    Raises:
+        ValueError: if there is no clip, or a layer never saw a finite, non-zero input.
+    """
+    largest = {name: torch.zeros(()) for name in layers}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            amax = args[0].detach().abs().amax().float().cpu()
+            largest[name] = torch.maximum(largest[name], amax)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    was_training, count = model.training, 0
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for clip in clips:
+                count += 1
+                if isinstance(clip, Mapping):
+                    model(**clip)
+                else:
+                    model(clip[None] if clip.dim() == 1 else clip)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise ValueError("calibration must hold at least one clip, got none")
+    for name, amax in largest.items():
+        if not torch.isfinite(amax) or amax == 0:
+            raise ValueError(
+                f"calibration must give every static layer a finite, non-zero input; "
+                f"{name!r} saw a largest magnitude of {amax.item()}"
+            )
+    return {name: (amax / INT8_MAX).clone() for name, amax in largest.items()}

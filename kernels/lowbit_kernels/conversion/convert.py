@@ -1,0 +1,193 @@
+"""quantize(model) and dequantize(model): whole models, in place, all or nothing."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from lowbit_kernels.conversion.calibrate import observe_input_scales
+from lowbit_kernels.conversion.plan import Decision, make_plan
+from lowbit_kernels.conversion.registry import ADAPTERS, finish
+from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
+from lowbit_kernels.formats import METHODS, QuantConfig, QuantSpec
+from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule, folded_weight
+
+# a row this far below its layer was made coarse by one huge group
+_COARSE_ROW_DB = 6.0
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig | QuantSpec | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    method: str = "rtn",
+    dry_run: bool = False,
+) -> QuantizationReport:
+    """Replace a model's linear layers and convolutions by low-bit ones, in place.
+
+    Args:
+        model: any module. Heads and codebooks are left alone unless ``config`` asks for them.
+        config: which layer gets what; a bare ``QuantSpec`` is the default of a config; ``None``
+            means ``QuantConfig.small()``.
+        calibration: clips, each the model's first argument (a 1-D waveform becomes a batch of one)
+            or a mapping of keyword arguments. Given, the int8 inputs get static scales.
+        method: ``"rtn"``, ``"search"`` or ``"hqq"``, see ``formats.quantize_weight``.
+        dry_run: only report.
+
+    Returns:
+        A report with every layer: what replaced it, bits, bytes, SQNR, and what was left and why.
+
+    Raises:
+        ValueError: for a wrong argument, a weight that is not finite, a model whose layers lie on
+            several devices, or a static scale without calibration; the model is unchanged.
+        NotImplementedError: for input kinds that this version does not compute with.
+    """
+    config = _as_config(config)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    plan = [_with_calibration(d, calibration is not None) for d in make_plan(model, config)]
+    chosen = [decision for decision in plan if decision.spec is not None]
+    _check_devices(chosen)
+    before = _bytes(model)
+    # every new layer is made before the first old one goes, so an error leaves the model as it was
+    layers = {d.name: _quantized_layer(d, method) for d in _progress(chosen)}
+    if static := {d.name: d.module for d in chosen if d.spec and d.spec.input_scale == "static"}:
+        if calibration is None:
+            raise ValueError("calibration must be given for input_scale='static', got None")
+        for name, scale in observe_input_scales(model, static, calibration).items():
+            layers[name].input_scale = scale.to(layers[name].qweight.device)
+    reports = tuple(_report(d, layers.get(d.name)) for d in plan)
+    after = before + sum(r.bytes_after - r.bytes_before for r in reports)
+    if not dry_run:
+        for name, layer in layers.items():
+            if not name:
+                raise ValueError("model must contain the layer, got the layer itself")
+            model.set_submodule(name, layer)
+        if layers:
+            adapt(model)
+            finish(model, config)
+    notes = () if chosen else ("nothing was quantized: no layer matched the config",)
+    return QuantizationReport(reports, before, after, notes)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Give plain ``nn`` layers back, in place, with the weights rounded as they are.
+
+    Returns:
+        The model.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QLinear | QConv1d):
+            model.set_submodule(name, module.to_float())
+    for name, module in list(model.named_modules()):
+        for adapter in ADAPTERS:
+            restored = adapter.restore(module)
+            if restored is not module:
+                model.set_submodule(name, restored)
+    finish(model, None)
+    return model
+
+
+def _as_config(config: QuantConfig | QuantSpec | None) -> QuantConfig:
+    if config is None:
+        return QuantConfig.small()
+    if isinstance(config, QuantSpec):
+        return QuantConfig(config)
+    if not isinstance(config, QuantConfig):
+        raise ValueError(f"config must be a QuantConfig, a QuantSpec or None, got {config!r}")
+    return config
+
+
+def _with_calibration(decision: Decision, calibrated: bool) -> Decision:
+    spec = decision.spec
+    if not calibrated or spec is None or spec.inputs is None:
+        return decision
+    return dataclasses.replace(decision, spec=dataclasses.replace(spec, input_scale="static"))
+
+
+def _check_devices(chosen: list[Decision]) -> None:
+    devices = {str(p.device) for d in chosen for p in d.module.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"model must lie on one device, got layers on {sorted(devices)}")
+    if "meta" in devices:
+        raise ValueError("model must hold real weights, got layers on the meta device")
+
+
+def _progress(chosen: list[Decision]) -> Iterator[Decision]:
+    console = Console(stderr=True)
+    yield from track(
+        chosen,
+        description="quantizing",
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and sys.stderr.isatty()),
+    )
+
+
+def _quantized_layer(decision: Decision, method: str) -> QLinear | QConv1d:
+    module, spec = decision.module, decision.spec
+    assert spec is not None, "only chosen layers are quantized"
+    try:
+        if isinstance(module, nn.Conv1d):
+            return QConv1d.from_float(module, spec, method=method)
+        assert isinstance(module, nn.Linear), "the plan holds linear layers and convolutions"
+        return QLinear.from_float(module, spec, method=method)
+    except ValueError as error:
+        raise ValueError(f"{decision.name}: {error}") from None
+
+
+def adapt(model: nn.Module) -> None:
+    """Let every registered adapter stand in for the modules it matches, in place."""
+    for name, module in list(model.named_modules()):
+        for adapter in ADAPTERS:
+            if adapter.matches(module):
+                adapted = adapter.adapt(module)
+                if adapted is not module:
+                    model.set_submodule(name, adapted)
+
+
+def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
+    before = _bytes(decision.module)
+    kind = type(decision.module).__name__.removeprefix("Parametrized")
+    if layer is None:
+        return LayerReport(decision.name, kind, None, decision.reason, before, before)
+    wanted = _weight_of(decision.module).float()
+    rows = _sqnr_db(wanted.flatten(1), (layer.weight.as_subclass(Tensor) - wanted).flatten(1))
+    whole = _sqnr_db(wanted.flatten()[None], (layer.weight - wanted).flatten()[None]).item()
+    coarse = (rows < whole - _COARSE_ROW_DB).nonzero().flatten().tolist()
+    note = ""
+    if coarse and layer.spec.group:
+        first = ", ".join(map(str, coarse[:4])) + (", ..." if len(coarse) > 4 else "")
+        note = f"coarse rows (one huge group each): {first}"
+    return LayerReport(
+        decision.name,
+        kind,
+        str(layer.spec),
+        decision.reason,
+        before,
+        _bytes(layer),
+        round(whole, 2),
+        note,
+    )
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    if isinstance(module, nn.Conv1d):
+        return folded_weight(module)
+    assert isinstance(module, nn.Linear), "the plan holds linear layers and convolutions"
+    return module.weight.detach()
+
+
+def _sqnr_db(signal: Tensor, noise: Tensor) -> Tensor:
+    power = noise.double().square().sum(1).clamp_min(torch.finfo(torch.double).tiny)
+    return 10 * torch.log10(signal.double().square().sum(1) / power)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))

@@ -1,0 +1,38 @@
+"""What integrations add to a conversion, without conversion knowing any model library.
+
+An *adapter* makes a module that reads its layers' weights directly call the layers instead. A
+*finisher* tells the model's own library that the model is quantized.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowbit_kernels.formats import QuantConfig
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Stands in for modules of one kind.
+
+    Args:
+        matches: whether a module is of the kind; looks at class names, imports nothing.
+        adapt: changes the module so that it calls its layers; returns the module to use, the same
+            one or another.
+        restore: undoes ``adapt`` for ``dequantize``.
+    """
+
+    matches: Callable[[nn.Module], bool]
+    adapt: Callable[[nn.Module], nn.Module]
+    restore: Callable[[nn.Module], nn.Module]
+
+
+ADAPTERS: list[Adapter] = []
+FINISHERS: list[Callable[[nn.Module, QuantConfig | None], None]] = []
+
+
+def finish(model: nn.Module, config: QuantConfig | None) -> None:
+    """Run every finisher; ``config=None`` says that the model is in float again."""
+    for finisher in FINISHERS:
+        finisher(model, config)

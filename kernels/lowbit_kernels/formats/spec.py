@@ -1,0 +1,88 @@
+"""QuantSpec: what low-bit means for one layer."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+BITS = (1, 2, 4, 8)
+INPUTS = (None, "int8", "fp8", "int4", "int2", "int1")
+INPUT_SCALES = ("token", "utterance", "static")
+
+GroupSize = int | None | Literal["auto", "tensor"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a layer's weight, and its input, are quantized.
+
+    Args:
+        bits: bits a weight: 1, 2, 4 or 8.
+        group_size: weights that share a scale along the reduction: a power of two >= 32, ``None``
+            (one scale an output channel), ``"tensor"`` (one scale), or ``"auto"``, which becomes 64
+            for 4 and 2 bits and ``None`` for 8 and 1. 8 bits take ``None`` or ``"tensor"``.
+        symmetric: levels around zero. Asymmetric weights: 2 and 4 bits with ``inputs=None``.
+        inputs: ``None`` (16-bit or float arithmetic), ``"int8"``, ``"fp8"``, ``"int4"``, ``"int2"``
+            or ``"int1"``: how the layer's input is quantized, signed and symmetric.
+        input_scale: ``"token"`` (a scale a row; a convolution, whose taps cross rows, uses one an
+            utterance), ``"utterance"``, or ``"static"`` (from calibration clips).
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+
+    bits: int = 4
+    group_size: GroupSize = "auto"
+    symmetric: bool = True
+    inputs: str | None = None
+    input_scale: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
+        if self.group_size == "auto":
+            object.__setattr__(self, "group_size", 64 if self.bits in (2, 4) else None)
+        self._check_group_size()
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if self.inputs not in INPUTS:
+            raise ValueError(f"inputs must be one of {INPUTS}, got {self.inputs!r}")
+        if self.input_scale not in INPUT_SCALES:
+            raise ValueError(f"input_scale must be one of {INPUT_SCALES}, got {self.input_scale!r}")
+        if not self.symmetric and (self.bits not in (2, 4) or self.inputs is not None):
+            raise ValueError(
+                "symmetric=False needs bits 2 or 4 and inputs=None, "
+                f"got bits={self.bits} and inputs={self.inputs!r}"
+            )
+
+    def _check_group_size(self) -> None:
+        size = self.group_size
+        if size is None or size == "tensor":
+            if not self.symmetric:
+                raise ValueError(f"group_size must be a number with symmetric=False, got {size!r}")
+            return
+        if self.bits == 8:
+            raise ValueError(
+                "group_size must be None or 'tensor' with bits=8 (a group scale would leave int8), "
+                f"got {size!r}"
+            )
+        if not isinstance(size, int) or isinstance(size, bool) or size < 32 or size & (size - 1):
+            raise ValueError(
+                f"group_size must be a power of two >= 32, None, 'tensor' or 'auto', got {size!r}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Weights a group scale; 0 where the format has no group scales."""
+        return self.group_size if isinstance(self.group_size, int) else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; ``QuantSpec(**d)`` gives the spec back."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        size = f"g{self.group}" if self.group else (self.group_size or "channel")
+        text = f"w{self.bits} {size}" + ("" if self.symmetric else " asymmetric")
+        if self.inputs is None:
+            return text
+        return f"{text}, {self.inputs} inputs" + (
+            "" if self.input_scale == "token" else f" ({self.input_scale})"
+        )

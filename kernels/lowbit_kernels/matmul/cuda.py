@@ -1,0 +1,106 @@
+"""A low-bit linear layer on CUDA: the chosen backend's kernels, one after the other.
+
+Dimension key: M rows of the input, N output features, K input features.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
+from lowbit_kernels.matmul.decode_kernel import dequantize_triton
+from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
+from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
+from lowbit_kernels.matmul.kernel import linear_triton
+from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
+from lowbit_kernels.matmul.reference import input_scale_rows
+
+
+@functools.cache
+def _device(index: int) -> tuple[tuple[int, int], int]:
+    """Capability and number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as [B, T, K] with last stride 1, without a copy where strides allow it."""
+    if x.dim() != 3:
+        x = x.reshape(1, -1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _matrix(x: Tensor | None) -> Tensor | None:
+    return None if x is None else as_rows(x.reshape(-1, x.shape[-1]))[0]
+
+
+def linear_cuda(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    *,
+    want_preactivation: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs [..., N_out] and, if wanted, pre-activations [..., N]. See ``low_bit_linear``."""
+    rows, batch = as_rows(x), x.shape[:-1]
+    capability, num_sms = _device(x.device.index)
+    M = rows.shape[0] * rows.shape[1]
+    spec = weight.spec
+    if choose_backend(M, spec.inputs, x.dtype, capability) == "dequant_cublas":
+        y, z = linear_dequant_cublas(
+            rows, weight, bias, _matrix(residual), epilogue, want_preactivation=want_preactivation
+        )
+    else:
+        x_scale = None
+        if spec.inputs is not None:
+            if spec.input_scale != "token":
+                x_scale = input_scale_rows(x, spec.input_scale, weight.input_scale)
+            rows, x_scale = quantize_rows_triton(rows, x_scale)
+        config = choose_config(max(M, 1), weight.N, weight.K, spec.bits, num_sms)
+        y, z = linear_triton(
+            rows, weight, bias, _matrix(residual), epilogue, config,
+            x_scale=x_scale, dtype=x.dtype, want_preactivation=want_preactivation,
+        )  # fmt: skip
+    return y.view(*batch, y.shape[-1]), None if z is None else z.view(*batch, weight.N)
+
+
+def linear_dequant_cublas(
+    x_btk: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    *,
+    want_preactivation: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Like ``kernel.linear_triton`` for floating-point x: dequantize, then torch's matmul."""
+    z = F.linear(x_btk, dequantize_triton(weight, x_btk.dtype), bias).view(-1, weight.N)
+    saved = z if want_preactivation else None
+    if epilogue is None and residual is None and saved is None:
+        return z, None
+    y = finish_triton(z[None], None, None, None, residual, epilogue, z.dtype)
+    return y, saved
+
+
+def linear_backward_cuda(
+    grad_y: Tensor,
+    preactivation: Tensor | None,
+    weight: QuantizedWeight,
+    epilogue: str | None,
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., K] and of the bias ([N], or [0] where not needed)."""
+    dy, z = _matrix(grad_y), _matrix(preactivation)
+    assert dy is not None
+    dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias_grad)
+    capability, _ = _device(grad_y.device.index)
+    if choose_backend(dz.shape[0], None, dz.dtype, capability) == "dequant_cublas":
+        dx = dz @ dequantize_triton(weight, dz.dtype)
+    else:
+        dx = linear_dx_triton(dz, weight)
+    return dx.view(*grad_y.shape[:-1], weight.K), dbias

@@ -1,0 +1,176 @@
+"""Triton kernel for y = epilogue(x @ W.T + bias) + residual, dequantized in registers.
+
+Dimension key: M rows of x, seen as [B, T]; N output features, N_out N / 2 with ``glu`` and N
+without; K input features.
+
+The tile is that of y.T: the weight is the left operand, which ``wgmma`` takes from registers. A step
+of the loop over K is one block of packed bytes (``formats/packing.py``), a ``tl.dot`` is one slice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_levels
+from lowbit_kernels.matmul.dispatch import LinearConfig
+from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
+    bias_ptr, residual_ptr, y_ptr, z_ptr,
+    M, N, K, T, N_out, num_groups, blocks_per_split,
+    stride_xb, stride_xt, stride_qn, stride_rm,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EPILOGUE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
+    # programs that share rows of x are neighbors: x is the large operand, the weight stays in L2
+    IS_GLU: tl.constexpr = EPILOGUE == "glu"
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if IS_GLU else BLOCK_N
+    tiles_n = tl.cdiv(N_out, BLOCK_OUT)
+    start_n = (tl.program_id(0) % tiles_n) * BLOCK_OUT
+    start_m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M
+
+    # rows past the end read the last one, and are not written
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(offs_m, M - 1)
+    index = tl.arange(0, BLOCK_N)
+    if IS_GLU:
+        # value and gate alternate every 8 rows: the matrix unit gives both to one thread
+        offs_n = tl.minimum(start_n + index // 16 * 8 + index % 8, N_out - 1)
+        offs_n += index // 8 % 2 * N_out
+    else:
+        offs_n = tl.minimum(start_n + index, N - 1)
+    offs_j = tl.arange(0, BLOCK_BYTES)
+    x_rows = x_ptr + rows // T * stride_xb + rows % T * stride_xt
+    q_ptrs = qweight_ptr + offs_n.to(tl.int64)[:, None] * stride_qn + offs_j[None, :]
+    group_rows = offs_n * num_groups
+
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SUM: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    SLICES: tl.constexpr = 8 // BITS
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
+    first = tl.program_id(1) * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_BYTES * SLICES))
+    for block in range(first, last):
+        if BITS == 8:
+            # only 8-bit blocks may be longer than the 32 bytes that rows are padded to
+            q = tl.load(q_ptrs + block * BLOCK_BYTES, mask=(block * BLOCK_BYTES + offs_j < K)[None, :], other=0)
+        else:
+            q = tl.load(q_ptrs + block * BLOCK_BYTES)
+        for u in tl.static_range(SLICES):
+            start = (block * SLICES + u) * BLOCK_BYTES
+            offs_k = start + offs_j
+            # the weight's padding decodes to anything, so x must be 0 there
+            x = tl.load(x_rows[None, :] + offs_k[:, None], mask=(offs_k < K)[:, None], other=0)
+            if zero_point_ptr is not None:
+                group = group_rows + tl.minimum(start // GROUP_SIZE, num_groups - 1)
+                zero = tl.load(zero_point_ptr + group).to(tl.float32)
+                step = tl.load(scale_ptr + group).to(tl.float32)
+                w = decode_asymmetric(q, u * BITS, zero[:, None], step[:, None], BITS, DTYPE)
+            else:
+                w = decode_levels(q, u * BITS, BITS, DTYPE)
+                if GROUP_SIZE > 0:
+                    group = group_rows + tl.minimum(start // GROUP_SIZE, num_groups - 1)
+                    w = w * tl.load(group_scale_ptr + group).to(DTYPE)[:, None]
+            acc = tl.dot(w, x, acc, out_dtype=SUM)
+
+    if IS_SPLIT:
+        part = y_ptr + tl.program_id(1).to(tl.int64) * M * N
+        mask = (offs_m < M)[None, :] & (offs_n < N)[:, None]
+        tl.store(part + offs_m[None, :] * N + offs_n[:, None], acc, mask=mask)
+    else:
+        z = acc.to(tl.float32)
+        if zero_point_ptr is None:
+            scale = tl.load(scale_ptr + offs_n)[:, None]
+            if x_scale_ptr is not None:
+                scale = scale * tl.load(x_scale_ptr + rows)[None, :]
+            z *= scale
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+        mask_m = (offs_m < M)[None, :]
+        if z_ptr is not None:
+            tl.store(z_ptr + rows[None, :] * N + offs_n[:, None], z.to(z_ptr.dtype.element_ty), mask=mask_m)
+        if IS_GLU:
+            pairs = z.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+            value, gate = pairs.split()
+            y = (value * tl.sigmoid(gate)).reshape(BLOCK_OUT, BLOCK_M)
+        else:
+            y = activate(z, EPILOGUE)
+        offs_out = start_n + tl.arange(0, BLOCK_OUT)
+        mask = mask_m & (offs_out < N_out)[:, None]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + rows[None, :] * stride_rm + offs_out[:, None]
+            y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_triton(
+    x_btk: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    config: LinearConfig,
+    *,
+    x_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    want_preactivation: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel. The caller has checked the inputs.
+
+    Args:
+        x_btk: [B, T, K], fp16, bf16, or int8 with ``x_scale``. Its last stride is 1, the others
+            are any: rows may overlap, as those of a strided convolution's ``as_strided`` view do.
+        weight: [N, K].
+        bias: [N].
+        residual: [B * T, N_out], its last stride 1.
+        epilogue: as in ``low_bit_linear``.
+        config: tile sizes.
+        x_scale: [B * T] fp32, the scale of each row of an int8 input.
+        dtype: of the result; that of ``x_btk`` unless it is int8.
+        want_preactivation: whether to store what the activation sees.
+
+    Returns:
+        y: [B * T, N_out].
+        preactivation: [B * T, N] in the same dtype, or None.
+    """
+    B, T, K = x_btk.shape
+    M, N, spec, device = B * T, weight.N, weight.spec, x_btk.device
+    N_out = N // 2 if epilogue == "glu" else N
+    dtype = dtype or x_btk.dtype
+    z = torch.empty(M, N, dtype=dtype, device=device) if want_preactivation else None
+    if M == 0:
+        return torch.empty(0, N_out, dtype=dtype, device=device), z
+    is_split = config.splits > 1
+    sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
+    y = (
+        torch.empty(config.splits, M, N, dtype=sums, device=device)
+        if is_split
+        else torch.empty(M, N_out, dtype=dtype, device=device)
+    )
+    blocks = triton.cdiv(K, config.block_bytes * 8 // spec.bits)
+    # a part of the sum holds values and gates side by side, so its tiles are those of a plain layer
+    tiles_n = triton.cdiv(N, config.block_n) if is_split or epilogue != "glu" else (
+        triton.cdiv(N_out, config.block_n // 2)
+    )
+    _linear_kernel[(tiles_n * triton.cdiv(M, config.block_m), config.splits)](
+        x_btk, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, x_scale,
+        None if is_split else bias, None if is_split else residual, y, None if is_split else z,
+        M, N, K, T, N if is_split else N_out,
+        -(-K // spec.group) if spec.group else 0, triton.cdiv(blocks, config.splits),
+        x_btk.stride(0), x_btk.stride(1), weight.qweight.stride(0),
+        0 if residual is None else residual.stride(0),
+        BITS=spec.bits, GROUP_SIZE=spec.group, EPILOGUE=None if is_split else epilogue,
+        IS_SPLIT=is_split,
+        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_BYTES=config.block_bytes,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if not is_split:
+        return y, z
+    scale = weight.scale if spec.symmetric else None
+    return finish_triton(y, scale, x_scale, bias, residual, epilogue, dtype, z), z

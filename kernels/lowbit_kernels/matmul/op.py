@@ -1,0 +1,346 @@
+"""torch.ops.lowbit.linear: schema, validation, fakes, backends and gradient.
+
+Dimension key: M rows of the input, N output features, K input features, N_out N / 2 with ``glu``
+and N without.
+
+Tensors of a quantized weight travel flat through the schemas, as ``_PACKED`` lists them.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_kernels.formats import QuantizedWeight, QuantSpec
+from lowbit_kernels.matmul.reference import (
+    apply_epilogue,
+    input_scale_rows,
+    linear_backward_reference,
+    linear_reference,
+)
+from lowbit_kernels.matmul.reference import linear_reference as linear_cpu
+
+EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INPUTS = (None, "int8")
+
+# int32 sums of products up to 127 * 128 cannot overflow below
+MAX_K_INT8 = (2**31 - 1) // (127 * 128)
+
+_PACKED = (
+    "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point, Tensor? input_scale, "
+    "int K, int bits, int group_size, str? inputs, str input_scale_kind"
+)
+_INPUTS = "Tensor x, Tensor? bias, Tensor? residual, str? epilogue, "
+
+torch.library.define("lowbit::linear", f"({_INPUTS}{_PACKED}) -> Tensor")
+torch.library.define(
+    "lowbit::linear_train", f"({_INPUTS}{_PACKED}) -> (Tensor y, Tensor preactivation)"
+)
+torch.library.define(
+    "lowbit::linear_backward",
+    "(Tensor grad_y, Tensor? preactivation, str? epilogue, bool needs_bias_grad, "
+    f"{_PACKED}) -> (Tensor dx, Tensor dbias)",
+)
+
+
+def _flatten(weight: QuantizedWeight) -> tuple[Any, ...]:
+    """The arguments that ``_PACKED`` lists."""
+    spec = weight.spec
+    return (
+        weight.qweight, weight.scale, weight.group_scale, weight.zero_point, weight.input_scale,
+        weight.K, spec.bits, spec.group, spec.inputs, spec.input_scale,
+    )  # fmt: skip
+
+
+@functools.cache
+def _spec(
+    bits: int, group_size: int, symmetric: bool, inputs: str | None, input_scale_kind: str
+) -> QuantSpec:
+    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale_kind)
+
+
+def _unflatten(
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+    inputs: str | None,
+    input_scale_kind: str,
+) -> QuantizedWeight:
+    spec = _spec(bits, group_size, zero_point is None, inputs, input_scale_kind)
+    return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
+
+
+def _output_shape(x: Tensor, N: int, epilogue: str | None) -> tuple[int, ...]:
+    return (*x.shape[:-1], N // 2 if epilogue == "glu" else N)
+
+
+@torch.library.register_fake("lowbit::linear")
+def _fake(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> Tensor:
+    return x.new_empty(_output_shape(x, packed[0].shape[0], epilogue))
+
+
+@torch.library.register_fake("lowbit::linear_train")
+def _fake_train(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    N = packed[0].shape[0]
+    return x.new_empty(_output_shape(x, N, epilogue)), x.new_empty(*x.shape[:-1], N)
+
+
+@torch.library.register_fake("lowbit::linear_backward")
+def _fake_backward(
+    grad_y: Tensor,
+    preactivation: Tensor | None,
+    epilogue: str | None,
+    needs_bias_grad: bool,
+    *packed: Any,
+) -> tuple[Tensor, Tensor]:
+    N, K = packed[0].shape[0], packed[5]
+    return grad_y.new_empty(*grad_y.shape[:-1], K), grad_y.new_empty(N if needs_bias_grad else 0)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _cpu_forward(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+) -> Tensor:
+    """[M, N_out] from x [..., K]."""
+    kind, scale_rows = weight.spec.input_scale, None
+    if weight.spec.inputs is not None and kind != "token":
+        scale_rows = input_scale_rows(x, kind, weight.input_scale)
+    # fp64 is for checking gradients, so nothing but exactness counts
+    compute = linear_reference if x.dtype == torch.float64 else linear_cpu
+    return compute(
+        x.reshape(-1, x.shape[-1]), weight, bias, _rows(residual), epilogue, x_scale_rows=scale_rows
+    )
+
+
+@torch.library.register_kernel("lowbit::linear", "cpu")
+def _cpu(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> Tensor:
+    weight = _unflatten(*packed)
+    y = _cpu_forward(x, weight, bias, residual, epilogue)
+    return y.view(_output_shape(x, weight.N, epilogue))
+
+
+@torch.library.register_kernel("lowbit::linear_train", "cpu")
+def _cpu_train(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    weight = _unflatten(*packed)
+    z = _cpu_forward(x, weight, bias, None, None).view(*x.shape[:-1], weight.N)
+    # without an epilogue the two outputs would be one tensor, which an op must not return
+    y = z.clone() if epilogue is None else apply_epilogue(z, epilogue)
+    return y if residual is None else y + residual, z
+
+
+@torch.library.register_kernel("lowbit::linear_backward", "cpu")
+def _cpu_backward(
+    grad_y: Tensor,
+    preactivation: Tensor | None,
+    epilogue: str | None,
+    needs_bias_grad: bool,
+    *packed: Any,
+) -> tuple[Tensor, Tensor]:
+    weight = _unflatten(*packed)
+    dy = grad_y.reshape(-1, grad_y.shape[-1])
+    dx, dbias = linear_backward_reference(dy, _rows(preactivation), weight, epilogue)
+    dbias = dbias if needs_bias_grad else grad_y.new_empty(0)
+    return dx.view(*grad_y.shape[:-1], weight.K), dbias
+
+
+@torch.library.register_kernel("lowbit::linear", "cuda")
+def _cuda(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> Tensor:
+    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
+    from lowbit_kernels.matmul.cuda import linear_cuda
+
+    with torch.cuda.device(x.device):  # else Triton launches on device 0
+        y, _ = linear_cuda(x, _unflatten(*packed), bias, residual, epilogue)
+    return y
+
+
+@torch.library.register_kernel("lowbit::linear_train", "cuda")
+def _cuda_train(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    from lowbit_kernels.matmul.cuda import linear_cuda
+
+    with torch.cuda.device(x.device):
+        return linear_cuda(
+            x, _unflatten(*packed), bias, residual, epilogue, want_preactivation=True
+        )
+
+
+@torch.library.register_kernel("lowbit::linear_backward", "cuda")
+def _cuda_backward(
+    grad_y: Tensor,
+    preactivation: Tensor | None,
+    epilogue: str | None,
+    needs_bias_grad: bool,
+    *packed: Any,
+) -> tuple[Tensor, Tensor]:
+    from lowbit_kernels.matmul.cuda import linear_backward_cuda
+
+    with torch.cuda.device(grad_y.device):
+        return linear_backward_cuda(
+            grad_y, preactivation, _unflatten(*packed), epilogue, needs_bias_grad
+        )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.epilogue, packed = inputs[3], inputs[4:]
+    # linear has no pre-activation to save; without an epilogue its gradient needs none
+    preactivation = None
+    if isinstance(output, tuple):
+        preactivation = output[1]
+        ctx.mark_non_differentiable(preactivation)
+    ctx.save_for_backward(preactivation, *packed[:5])
+    ctx.constants = packed[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
+    frozen = (None,) * 11
+    if grad_y is None:
+        return (None, None, None, *frozen)
+    needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
+    dx = dbias = None
+    if needs_x or needs_bias:
+        preactivation, *tensors = ctx.saved_tensors
+        if ctx.epilogue is not None and preactivation is None:
+            raise RuntimeError("lowbit::linear has no gradient with an epilogue: use linear_train")
+        dx, dbias = torch.ops.lowbit.linear_backward.default(
+            grad_y, preactivation, ctx.epilogue, needs_bias, *tensors, *ctx.constants
+        )
+    return (
+        dx if needs_x else None,
+        dbias if needs_bias else None,
+        grad_y if needs_residual else None,
+        *frozen,
+    )
+
+
+for _op in ("lowbit::linear", "lowbit::linear_train"):
+    torch.library.register_autograd(_op, _backward, setup_context=_setup_context)
+
+
+def _check_weight(weight: QuantizedWeight, epilogue: str | None) -> None:
+    if not isinstance(weight, QuantizedWeight):
+        raise ValueError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
+    if weight.is_depthwise:
+        raise ValueError(
+            "weight must be packed [N, K], got a depthwise convolution's "
+            f"{list(weight.qweight.shape)} levels (low_bit_conv1d takes them)"
+        )
+    spec = weight.spec
+    if spec.inputs not in INPUTS:
+        raise NotImplementedError(f"inputs must be one of {INPUTS} so far, got {spec.inputs!r}")
+    if spec.inputs is not None:
+        if spec.input_scale == "static" and weight.input_scale is None:
+            raise ValueError("weight.input_scale must be a tensor with a static scale, got None")
+        if weight.K > MAX_K_INT8:
+            raise ValueError(
+                f"K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
+            )
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"epilogue must be one of {EPILOGUES}, got {epilogue!r}")
+    if epilogue == "glu" and weight.N % 2:
+        raise ValueError(f"epilogue 'glu' needs an even number of rows, got N = {weight.N}")
+
+
+def _check_input(x: Tensor, weight: QuantizedWeight) -> None:
+    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64 on a CPU only), got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != weight.K:
+        raise ValueError(f"x must be [..., K] with K = {weight.K}, got shape {list(x.shape)}")
+    if weight.qweight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.qweight.device}")
+
+
+def _check_like(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(
+            f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _autocast(tensor: Tensor | None, device_type: str) -> Tensor | None:
+    """What autocast makes of an argument of F.linear; fp64 stays."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def low_bit_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    epilogue: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiply x by a quantized weight, then add a bias, apply an activation, add a residual.
+
+    Equivalent to ``epilogue(F.linear(x, weight.dequantize(x.dtype), bias)) + residual``, without
+    storing the dequantized weight. Where ``weight.spec.inputs`` is ``"int8"`` the rows of x are
+    quantized first and the products are exact integers.
+
+    Args:
+        x: [..., K], fp16, bf16 or fp32 (fp64 on a CPU). Under autocast x, bias and residual are
+            cast to autocast's dtype.
+        weight: [N, K]; its spec decides the arithmetic. The scale of int8 inputs is one a row
+            (``"token"``), one an utterance ``x[b]`` (``"utterance"``; a matrix is one utterance),
+            or ``weight.input_scale`` (``"static"``).
+        bias: [N], like x.
+        epilogue: None, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"relu"`` or ``"glu"``; the last
+            multiplies feature n by the sigmoid of feature n + N / 2.
+        residual: [..., N] ([..., N / 2] with ``"glu"``), like x.
+
+    Returns:
+        [..., N] ([..., N / 2] with ``"glu"``), in the dtype of x. Differentiable in x, bias and
+        residual; int8 inputs pass the gradient straight through.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or value, naming the argument.
+        NotImplementedError: where ``weight.spec.inputs`` is neither None nor ``"int8"``.
+    """
+    _check_weight(weight, epilogue)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+        bias, residual = _autocast(bias, device_type), _autocast(residual, device_type)
+    _check_input(x, weight)
+    _check_like("bias", bias, (weight.N,), x)
+    _check_like("residual", residual, _output_shape(x, weight.N, epilogue), x)
+    y: Tensor
+    if (
+        epilogue is not None
+        and torch.is_grad_enabled()
+        and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        y, _ = torch.ops.lowbit.linear_train.default(x, bias, residual, epilogue, *_flatten(weight))
+    else:
+        y = torch.ops.lowbit.linear.default(x, bias, residual, epilogue, *_flatten(weight))
+    return y

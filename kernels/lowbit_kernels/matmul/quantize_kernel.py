@@ -1,0 +1,69 @@
+"""Triton kernel that quantizes the rows of a matmul's input to int8.
+
+Dimension key: M rows, seen as [B, T]; K input features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_kernels.matmul.reference import INT8_MAX, MIN_INPUT_SCALE
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, q_ptr, scale_ptr,
+    K, T,
+    stride_xb, stride_xt, stride_qm,
+    HAS_SCALE: tl.constexpr, INT8_MAX: tl.constexpr, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program: one row
+    m = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + m // T * stride_xb + m % T * stride_xt
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + m)
+    else:
+        largest = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, K, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
+            # a maximum passes over a NaN; an infinite scale makes the whole row NaN
+            largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
+        scale = tl.maximum(tl.div_rn(tl.max(largest), INT8_MAX), MIN_SCALE)
+        tl.store(scale_ptr + m, scale)
+    inverse = tl.div_rn(1.0, scale)
+    for start in range(0, K, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
+        q = tl.minimum(tl.maximum(x * inverse, -INT8_MAX), INT8_MAX)
+        # 1.5 * 2 ** 23: the sum has no bits left for a fraction, and rounds half to even
+        q = (q + 12582912.0) - 12582912.0
+        tl.store(q_ptr + m * stride_qm + offs, q.to(tl.int8), mask=offs < K)
+
+
+def quantize_rows_triton(x_btk: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize rows to int8.
+
+    Args:
+        x_btk: [B, T, K], floating point, its last stride 1.
+        x_scale: [B * T] fp32. None: each row's own, from its largest magnitude.
+
+    Returns:
+        q: [B, T, K] int8 in [-127, 127], rows 32 bytes aligned.
+        x_scale: [B * T] fp32.
+    """
+    B, T, K = x_btk.shape
+    pitch = triton.cdiv(K, 32) * 32
+    q = torch.empty(B, T, pitch, dtype=torch.int8, device=x_btk.device)
+    has_scale = x_scale is not None
+    scale = torch.empty(B * T, device=x_btk.device) if x_scale is None else x_scale
+    if B * T:
+        _quantize_rows_kernel[(B * T,)](
+            x_btk, q, scale,
+            K, T,
+            x_btk.stride(0), x_btk.stride(1), pitch,
+            HAS_SCALE=has_scale, INT8_MAX=float(INT8_MAX), MIN_SCALE=MIN_INPUT_SCALE,
+            BLOCK=min(1024, triton.next_power_of_2(K)),
+        )  # fmt: skip
+    return q[..., :K], scale

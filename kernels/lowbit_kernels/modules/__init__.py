@@ -1,0 +1,8 @@
+"""Drop-in modules: QLinear, QConv1d, QAttention."""
+
+from lowbit_kernels.modules.attention import QAttention
+from lowbit_kernels.modules.base import QuantizedModule
+from lowbit_kernels.modules.conv1d import QConv1d, folded_weight
+from lowbit_kernels.modules.linear import QLinear
+
+__all__ = ["QAttention", "QConv1d", "QLinear", "QuantizedModule", "folded_weight"]

@@ -1,0 +1,155 @@
+"""QConv1d: nn.Conv1d with a low-bit weight."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_kernels.conv1d import low_bit_conv1d
+from lowbit_kernels.formats import (
+    QuantizedWeight,
+    QuantSpec,
+    empty_depthwise_weight,
+    empty_weight,
+    quantize_depthwise_weight,
+    quantize_weight,
+)
+from lowbit_kernels.modules.base import QuantizedModule
+
+_ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "transposed",
+    "output_padding",
+    "groups",
+    "padding_mode",
+)
+
+
+class QConv1d(QuantizedModule, nn.Conv1d):
+    """``nn.Conv1d`` with a weight of 1, 2, 4 or 8 bits. Takes ``nn.Conv1d``'s arguments.
+
+    >>> qconv = QConv1d.from_float(nn.Conv1d(512, 512, 3, stride=2), QuantSpec(bits=4))
+    >>> y = qconv(torch.randn(2, 512, 1601))  # [2, 512, 800]
+
+    Dense and strided, grouped and depthwise; any size, stride, padding and dilation. The output is
+    [B, N, T] with channels contiguous in memory (and so is the best input), which chained layers
+    keep. The weight is frozen; gradients flow to the input and to the bias.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        padding_mode, device, dtype: as ``nn.Conv1d``.
+        spec: how the weight and the input are quantized; ``None`` means ``QuantSpec()``.
+
+    Raises:
+        NotImplementedError: for a ``padding_mode`` other than ``"zeros"``.
+    """
+
+    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
+        conv = nn.Conv1d(*args, **kwargs)
+        self._init(conv, spec or QuantSpec())
+        if conv.weight.is_meta:
+            self._set_quantized(self._empty())
+        else:
+            self._set_quantized(self._quantize(conv.weight))
+        self.register_parameter("bias", conv._parameters["bias"])
+
+    def _init(self, conv: nn.Conv1d, spec: QuantSpec) -> None:
+        if conv.padding_mode != "zeros":
+            raise NotImplementedError(
+                f"padding_mode must be 'zeros' for a QConv1d, got {conv.padding_mode!r}"
+            )
+        nn.Module.__init__(self)
+        for name in _ATTRIBUTES:
+            setattr(self, name, getattr(conv, name))
+        self.spec = spec
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv1d, spec: QuantSpec, *, method: str = "rtn") -> Self:
+        """Quantize a trained layer; weight norm of either style is folded into the weight.
+
+        Args:
+            conv: the float layer, left as it is. The bias is shared, not copied.
+            spec: how to quantize.
+            method: rounding, see ``formats.quantize_weight``.
+
+        Raises:
+            ValueError: if the weight is not finite or ``method`` is unknown.
+            NotImplementedError: for a ``padding_mode`` other than ``"zeros"``.
+        """
+        self = cls.__new__(cls)
+        self._init(conv, spec)
+        self._set_quantized(self._quantize(folded_weight(conv), method))
+        self.register_parameter("bias", conv._parameters["bias"])
+        self.training = conv.training
+        return self
+
+    @classmethod
+    def empty_like(cls, conv: nn.Conv1d, spec: QuantSpec) -> Self:
+        """A layer of the same shape, device and bias dtype, to load a state dict into."""
+        device = next((t.device for t in conv.state_dict().values()), None)
+        self = cls.__new__(cls)
+        self._init(conv, spec)
+        self._set_quantized(self._empty())
+        bias = conv._parameters["bias"]
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to("meta")))
+        return self.to_empty(device=device).train(conv.training)
+
+    def _empty(self) -> QuantizedWeight:
+        empty = empty_depthwise_weight if self._is_depthwise else empty_weight
+        taps = self.kernel_size[0] * self.in_channels // self.groups
+        return empty(self.out_channels, taps, self.spec, device="meta")
+
+    def to_float(self) -> nn.Conv1d:
+        """A plain ``nn.Conv1d`` with the dequantized weight; weight norm does not come back."""
+        weight = self.weight.as_subclass(Tensor)
+        conv = nn.Conv1d(1, 1, 1, bias=False, device="meta")
+        for name in _ATTRIBUTES:
+            setattr(conv, name, getattr(self, name))
+        conv.weight = nn.Parameter(weight)
+        conv.register_parameter("bias", self._parameters["bias"])
+        return conv.train(self.training)
+
+    @property
+    def _is_depthwise(self) -> bool:
+        return self.groups == self.in_channels == self.out_channels and self.groups > 1
+
+    def _quantize(self, weight: Tensor, method: str = "rtn") -> QuantizedWeight:
+        if self._is_depthwise:
+            return quantize_depthwise_weight(weight.squeeze(1), self.spec, method)
+        return quantize_weight(weight.permute(0, 2, 1).flatten(1), self.spec, method)
+
+    def _shape_weight(self, matrix: Tensor) -> Tensor:
+        taps = matrix.view(self.out_channels, self.kernel_size[0], -1)  # [N, taps, C_in / groups]
+        return taps.transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:  # unbatched [C, T], as nn.Conv1d
+            return self.forward(x[None])[0]
+        padding = self.padding if isinstance(self.padding, str) else self.padding[0]
+        return low_bit_conv1d(
+            x,
+            self.quantized_weight(),
+            self.bias,
+            stride=self.stride[0],
+            padding=padding,
+            dilation=self.dilation[0],
+            groups=self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{nn.Conv1d.extra_repr(self)}, {self.spec}"  # type: ignore[no-untyped-call]
+
+
+def folded_weight(conv: nn.Conv1d) -> Tensor:
+    """The weight a convolution computes with, weight norm of either style applied."""
+    if hasattr(conv, "weight_g"):  # torch.nn.utils.weight_norm keeps a stale copy in .weight
+        hooks = conv._forward_pre_hooks.values()
+        dim: int = next((h.dim for h in hooks if getattr(h, "name", "") == "weight"), 0)  # type: ignore[attr-defined]
+        v, g = conv._parameters["weight_v"], conv._parameters["weight_g"]
+        return torch._weight_norm(v.detach(), g.detach(), dim)  # type: ignore[union-attr]
+    return conv.weight.detach()
