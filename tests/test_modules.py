@@ -228,7 +228,7 @@ def test_meta_layers_have_the_right_shapes():
 
 
 def test_padding_modes_are_refused():
-    with pytest.raises(NotImplementedError, match="padding_mode must be 'zeros'.*got 'reflect'"):
+    with pytest.raises(NotImplementedError, match=r"padding_mode must be 'zeros'.*got 'reflect'"):
         QConv1d(4, 4, 3, padding=1, padding_mode="reflect")
 
 

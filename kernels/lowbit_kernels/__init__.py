@@ -10,6 +10,9 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+# registers with transformers and torchaudio once they are imported, and imports neither
+import lowbit_kernels.integrations  # noqa: F401
+
 if TYPE_CHECKING:
     from lowbit_kernels.attention import DenseBias, flash_attention
     from lowbit_kernels.checkpoint import (
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
         save_quantized,
     )
     from lowbit_kernels.conv1d import low_bit_conv1d
-    from lowbit_kernels.conversion import dequantize, quantize
+    from lowbit_kernels.conversion import capture_graphs, dequantize, quantize
     from lowbit_kernels.formats import QuantConfig, QuantSpec
     from lowbit_kernels.integrations.huggingface import LowbitConfig
     from lowbit_kernels.matmul import low_bit_linear
@@ -36,6 +39,7 @@ _HOME = {
     "QLinear": "modules",
     "QuantConfig": "formats",
     "QuantSpec": "formats",
+    "capture_graphs": "conversion",
     "dequantize": "conversion",
     "flash_attention": "attention",
     "inspect_checkpoint": "checkpoint",
@@ -55,6 +59,7 @@ __all__ = [
     "QLinear",
     "QuantConfig",
     "QuantSpec",
+    "capture_graphs",
     "dequantize",
     "flash_attention",
     "inspect_checkpoint",
@@ -69,8 +74,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # the model libraries' adapters come with the first name, whichever it is
-    import_module("lowbit_kernels.integrations")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -317,7 +317,7 @@ def _skeletons(
                 f"{manifest}: holds a {entry['kind']} {name!r} where the model has {found}; "
                 "it was saved from another model"
             )
-        skeletons[name] = kind.empty_like(old, QuantSpec(**entry["spec"]))
+        skeletons[name] = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
     return skeletons
 
 
@@ -338,7 +338,7 @@ def _check_fit(
             expected[f"{name}.{key}"] = tuple(value.shape)
     found = {key: tuple(value.shape) for key, value in state.items()}
     if wrong := sorted(set(expected.items()) ^ set(found.items())):
-        key, shape = wrong[0]
+        key = wrong[0][0]
         raise CheckpointError(
             f"{path}: saved from another model: {key!r} is {found.get(key, 'missing')} in the "
             f"file and {expected.get(key, 'missing')} in the model "

@@ -3,11 +3,14 @@
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+# what became of one audio file: "file" and its results, or "file" and "error"
+Outcome: TypeAlias = dict[str, Any]
 
 
 def results() -> Console:

@@ -66,7 +66,9 @@ def empty_channel_last(x: Tensor, B: int, N: int, T: int) -> Tensor:
 
 def _channel_last(y: Tensor) -> Tensor:
     """y [B, N, T] in memory order [B, T, N], copied only where it is not."""
-    return y.transpose(1, 2).contiguous().transpose(1, 2)
+    y = y.transpose(1, 2).contiguous().transpose(1, 2)
+    # not a view: autograd lets nobody write into a view that an op returned
+    return y.new_empty(0).set_(y)
 
 
 def _unpack_forward(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -149,28 +151,28 @@ def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
 def _cuda(*args: Any) -> Tensor:
     y: Tensor
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
-    from lowbit_kernels.conv1d.kernels.launch import conv1d_triton
+    from lowbit_kernels.conv1d.cuda import conv1d_cuda
 
     with torch.cuda.device(args[0].device):  # else Triton launches on device 0
-        y, _ = conv1d_triton(*_unpack_forward(args))
+        y, _ = conv1d_cuda(*_unpack_forward(args))
     return y
 
 
 @torch.library.register_kernel("lowbit::conv1d_train", "cuda")
 def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
-    from lowbit_kernels.conv1d.kernels.launch import conv1d_triton
+    from lowbit_kernels.conv1d.cuda import conv1d_cuda
 
     with torch.cuda.device(args[0].device):
-        y, preactivation = conv1d_triton(*_unpack_forward(args), want_preactivation=True)
+        y, preactivation = conv1d_cuda(*_unpack_forward(args), want_preactivation=True)
     return y, preactivation
 
 
 @torch.library.register_kernel("lowbit::conv1d_backward", "cuda")
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from lowbit_kernels.conv1d.kernels.launch import conv1d_backward_triton
+    from lowbit_kernels.conv1d.cuda import conv1d_backward_cuda
 
     with torch.cuda.device(args[0].device):
-        dx, dbias = conv1d_backward_triton(*_unpack_backward(args))
+        dx, dbias = conv1d_backward_cuda(*_unpack_backward(args))
     return dx, dbias
 
 

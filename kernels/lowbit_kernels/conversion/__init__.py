@@ -1,6 +1,7 @@
 """Whole models: quantize and dequantize, static calibration, the report."""
 
 from lowbit_kernels.conversion.convert import adapt, dequantize, quantize
+from lowbit_kernels.conversion.graphs import GraphedModel, capture_graphs
 from lowbit_kernels.conversion.registry import ADAPTERS, FINISHERS, Adapter, finish
 from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
 
@@ -8,9 +9,11 @@ __all__ = [
     "ADAPTERS",
     "FINISHERS",
     "Adapter",
+    "GraphedModel",
     "LayerReport",
     "QuantizationReport",
     "adapt",
+    "capture_graphs",
     "dequantize",
     "finish",
     "quantize",

@@ -15,7 +15,7 @@ from lowbit_kernels.conversion.plan import Decision, make_plan
 from lowbit_kernels.conversion.registry import ADAPTERS, finish
 from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
 from lowbit_kernels.formats import METHODS, QuantConfig, QuantSpec
-from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule, folded_weight
+from lowbit_kernels.modules import QConv1d, QLinear, folded_weight
 
 # a row this far below its layer was made coarse by one huge group
 _COARSE_ROW_DB = 6.0

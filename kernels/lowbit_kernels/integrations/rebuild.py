@@ -33,7 +33,8 @@ def build(description: dict[str, Any]) -> nn.Module:
             f"class must name a transformers model, got {description['class']!r} "
             f"(transformers {transformers.__version__})"
         )
-    model: nn.Module = kind(kind.config_class.from_dict(description["config"]))
+    config = kind.config_class.from_dict(description["config"])  # type: ignore[attr-defined]
+    model: nn.Module = kind(config)
     return model
 
 

@@ -90,6 +90,9 @@ def choose_config(M: int, N: int, K: int, bits: int, num_sms: int) -> LinearConf
     if bits == 8:
         # nothing to unpack: longer steps cost no registers
         config = replace(config, block_bytes=64)
+    if bits == 1:
+        # a step is 256 columns of x: three of them leave 99 KB
+        config = replace(config, num_stages=2)
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
     steps = -(-K * bits // (8 * config.block_bytes))
     # a part has at least 4 steps, so that its loads overlap its arithmetic

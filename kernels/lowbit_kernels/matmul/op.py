@@ -136,7 +136,9 @@ def _cpu(
 ) -> Tensor:
     weight = _unflatten(*packed)
     y = _cpu_forward(x, weight, bias, residual, epilogue)
-    return y.view(_output_shape(x, weight.N, epilogue))
+    # a view would refuse to be written into by whoever gets it
+    out: Tensor = torch.ops.aten._unsafe_view(y, _output_shape(x, weight.N, epilogue))
+    return out
 
 
 @torch.library.register_kernel("lowbit::linear_train", "cpu")

@@ -79,7 +79,7 @@ class QAttention(nn.Module):
         bias = attention.in_proj_bias
         biases = (None,) * 3 if bias is None else bias.detach().clone().chunk(3)
         for name, weight, part in zip(("q", "k", "v"), weights, biases, strict=True):
-            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight)
             linear.register_parameter("bias", None if part is None else nn.Parameter(part))
             self.add_module(f"{name}_proj", QLinear.from_float(linear, spec, method=method))

@@ -17,6 +17,11 @@ _BUFFERS = ("qweight", "scale", "group_scale", "zero_point", "input_scale")
 _SCALES = ("scale", "zero_point", "input_scale")
 
 
+# accessors of Tensor.data, as __torch_function__ sees them
+_DATA = vars(torch._C.TensorBase)["data"]
+_GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
+
+
 class DequantizedWeight(Tensor):
     """The dequantized weight a module hands out. Writing into it requantizes the module.
 
@@ -45,7 +50,7 @@ class DequantizedWeight(Tensor):
             out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         target = kwargs.get("out", args[0] if args else None)
-        if func == Tensor.data.__get__ and isinstance(target, cls):
+        if func == _GET_DATA and isinstance(target, cls):
             return cls.of(out.as_subclass(Tensor), target._module)
         if isinstance(target, cls) and _writes(func, name, kwargs):
             target._module.weight = target.as_subclass(Tensor)
@@ -55,7 +60,7 @@ class DequantizedWeight(Tensor):
 
 def _writes(func: Any, name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a function changes its first argument (or ``out``) in place."""
-    if "out" in kwargs or name == "__setitem__" or func == Tensor.data.__set__:
+    if "out" in kwargs or name == "__setitem__" or func == _SET_DATA:
         return True
     if name.endswith("__"):  # __iadd__ and its kin, but not __init__, __int__, __iter__
         return name.startswith("__i") and hasattr(Tensor, name.replace("__i", "__", 1))
@@ -154,7 +159,7 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: self._buffers.pop(name) for name in _SCALES}
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             for name, old in kept.items():
                 new = None if old is None else fn(old)

@@ -39,19 +39,23 @@ def _masked_group_norm_fwd_kernel(
     y_ptr += (b.to(tl.int64) * C + first) * T
 
     total = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for c in range(group_size):
+    row_ptr = x_ptr
+    for _ in range(group_size):
         for start in range(0, length, BLOCK_T):
             t = start + offs_t
-            total += tl.load(x_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0)
+            total += tl.load(row_ptr + t, mask=t < length, other=0.0).to(tl.float32)
+        row_ptr += T
     mean = tl.sum(total) / count
     # centered in a pass of its own: E[x^2] - E[x]^2 cancels when the mean is large
     squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for c in range(group_size):
+    row_ptr = x_ptr
+    for _ in range(group_size):
         for start in range(0, length, BLOCK_T):
             t = start + offs_t
-            x = tl.load(x_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0).to(tl.float32)
+            x = tl.load(row_ptr + t, mask=t < length, other=0.0).to(tl.float32)
             centered = tl.where(t < length, x - mean, 0.0)
             squares += centered * centered
+        row_ptr += T
     rstd = 1.0 / tl.sqrt(tl.sum(squares) / count + eps)
     tl.store(mean_ptr + pid, mean)
     tl.store(rstd_ptr + pid, rstd)
@@ -60,9 +64,11 @@ def _masked_group_norm_fwd_kernel(
         bias = tl.load(bias_ptr + first + c).to(tl.float32)
         for start in range(0, T, BLOCK_T):
             t = start + offs_t
-            x = tl.load(x_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + t, mask=t < length, other=0.0).to(tl.float32)
             y = tl.where(t < length, (x - mean) * rstd * weight + bias, 0.0)
-            tl.store(y_ptr + c.to(tl.int64) * T + t, y.to(y_ptr.dtype.element_ty), mask=t < T)
+            tl.store(y_ptr + t, y.to(y_ptr.dtype.element_ty), mask=t < T)
+        x_ptr += T
+        y_ptr += T
 
 
 @triton.jit(do_not_specialize=["C", "T", "G"])
@@ -85,15 +91,18 @@ def _masked_group_norm_bwd_kernel(
     dx_ptr += offset
 
     mean_grad, mean_projection = mean * 0.0, mean * 0.0
+    x_row_ptr, grad_row_ptr = x_ptr, grad_ptr
     for c in range(group_size):
         grads = tl.zeros((BLOCK_T,), dtype=tl.float32)
         projections = tl.zeros((BLOCK_T,), dtype=tl.float32)
         for start in range(0, length, BLOCK_T):
             t = start + offs_t
-            x = tl.load(x_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0)
-            grads += grad.to(tl.float32)
-            projections += grad.to(tl.float32) * (x - mean) * rstd
+            x = tl.load(x_row_ptr + t, mask=t < length, other=0.0).to(tl.float32)
+            grad = tl.load(grad_row_ptr + t, mask=t < length, other=0.0).to(tl.float32)
+            grads += grad
+            projections += grad * (x - mean) * rstd
+        x_row_ptr += T
+        grad_row_ptr += T
         grad_sum, projection_sum = tl.sum(grads), tl.sum(projections)
         # one partial sum an utterance, added up afterwards in a fixed order
         tl.store(dweight_ptr + b.to(tl.int64) * C + first + c, projection_sum)
@@ -105,12 +114,15 @@ def _masked_group_norm_bwd_kernel(
         weight = tl.load(weight_ptr + first + c).to(tl.float32)
         for start in range(0, T, BLOCK_T):
             t = start + offs_t
-            x = tl.load(x_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptr + c.to(tl.int64) * T + t, mask=t < length, other=0.0)
+            x = tl.load(x_ptr + t, mask=t < length, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + t, mask=t < length, other=0.0).to(tl.float32)
             normalized = (x - mean) * rstd
-            dx = rstd * (grad.to(tl.float32) * weight - mean_grad - normalized * mean_projection)
+            dx = rstd * (grad * weight - mean_grad - normalized * mean_projection)
             dx = tl.where(t < length, dx, 0.0)
-            tl.store(dx_ptr + c.to(tl.int64) * T + t, dx.to(dx_ptr.dtype.element_ty), mask=t < T)
+            tl.store(dx_ptr + t, dx.to(dx_ptr.dtype.element_ty), mask=t < T)
+        x_ptr += T
+        grad_ptr += T
+        dx_ptr += T
 
 
 def masked_group_norm_triton(

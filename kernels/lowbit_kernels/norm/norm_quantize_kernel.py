@@ -70,7 +70,7 @@ def _norm_quantize_bwd_kernel(
     dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for m in range(pid, M, NUM_PROGRAMS):
-        offsets = m.to(tl.int64) * N + offs_n
+        offsets = tl.to_tensor(m).to(tl.int64) * N + offs_n
         grad = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         mean, rstd = tl.load(mean_ptr + m), tl.load(rstd_ptr + m)

@@ -1,0 +1,239 @@
+"""A low-bit convolution on CUDA: which kernels serve it, and their order.
+
+Dimension key: B batch, C input channels, N output channels, T input frames, T_out output frames,
+M = B * T_out rows of the output.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit_kernels.conv1d.geometry import Geometry
+from lowbit_kernels.conv1d.kernels.depthwise import (
+    depthwise_conv1d_dx_triton,
+    depthwise_conv1d_triton,
+)
+from lowbit_kernels.conv1d.kernels.frames import copy_frames_triton, quantize_frames_triton
+from lowbit_kernels.conv1d.kernels.implicit_gemm import implicit_gemm_conv1d_triton
+from lowbit_kernels.conv1d.kernels.implicit_gemm_dx import implicit_gemm_conv1d_dx_triton
+from lowbit_kernels.conv1d.reference import conv_weight
+from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul.decode_kernel import dequantize_triton
+from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
+from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
+from lowbit_kernels.matmul.kernel import linear_triton
+
+Outputs = tuple[Tensor, Tensor | None]
+
+
+@functools.cache
+def device_properties(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Capability and number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def choose_kernel(
+    M: int,
+    geometry: Geometry,
+    is_depthwise: bool,
+    inputs: str | None,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+) -> str:
+    """The kernel that serves a convolution: a pure function.
+
+    Returns:
+        ``"depthwise"``; ``"dequant_cudnn"``: the weight is dequantized to memory and torch
+        convolves; ``"matmul"``: the linear layer's kernel over an overlapping view of x;
+        ``"implicit_gemm"``: grouped or dilated.
+
+    Raises:
+        NotImplementedError: on a GPU older than the kernels serve.
+    """
+    backend = choose_backend(M, inputs, dtype, capability)
+    if is_depthwise:
+        return "depthwise"
+    if geometry.groups > 1 and (inputs is not None or dtype != torch.float32):
+        return "implicit_gemm"  # torch's grouped convolutions are slow at every size
+    if backend == "dequant_cublas":
+        return "dequant_cudnn"
+    return "matmul" if geometry.dilation == 1 else "implicit_gemm"
+
+
+def conv1d_cuda(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+    *,
+    want_preactivation: bool = False,
+) -> Outputs:
+    """Outputs [B, N_out, T_out] and, if wanted, pre-activations [B, N, T_out].
+
+    Both are views of channel-last memory. See ``low_bit_conv1d``.
+    """
+    capability, num_sms = device_properties(x.device)
+    x = _channel_last(x)
+    residual = None if residual is None else residual.transpose(1, 2).contiguous()
+    B, T_out, spec = x.shape[0], geometry.frames_out(x.shape[1]), weight.spec
+    kernel = choose_kernel(
+        B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, capability
+    )
+    if kernel == "matmul":
+        y, z = _matmul(
+            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, num_sms
+        )
+    elif kernel == "dequant_cudnn":
+        y, z = _dequant_cudnn(
+            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation
+        )
+    else:
+        y, z = _direct(x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation)
+    y = y.view(B, T_out, -1).transpose(1, 2)
+    return y, None if z is None else z.view(B, T_out, weight.N).transpose(1, 2)
+
+
+def conv1d_backward_cuda(
+    grad_y: Tensor,
+    preactivation: Tensor | None,
+    weight: QuantizedWeight,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+    C: int,
+    T: int,
+    needs_x: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, [B, C, T] in channel-last memory, and of the bias [N]; [0] if not needed."""
+    B, N_out, T_out = grad_y.shape
+    dy = grad_y.transpose(1, 2).reshape(B * T_out, N_out).contiguous()
+    z = None if preactivation is None else preactivation.transpose(1, 2).reshape(-1, weight.N)
+    dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias)
+    if not needs_x:
+        return grad_y.new_empty(0), dbias
+    capability, _ = device_properties(grad_y.device)
+    kernel = choose_kernel(B * T_out, geometry, weight.is_depthwise, None, dz.dtype, capability)
+    dz = dz.view(B, T_out, weight.N)
+    if kernel == "dequant_cudnn":
+        return _dequant_cudnn_dx(dz, weight, lengths, geometry, T), dbias
+    dx = torch.empty(B, T, C, dtype=dz.dtype, device=dz.device)
+    if kernel == "depthwise":
+        depthwise_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
+    else:
+        implicit_gemm_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
+    return dx.transpose(1, 2), dbias
+
+
+def _channel_last(x: Tensor) -> Tensor:
+    """x [B, C, T] as [B, T, C] with adjacent channels, copied only where they are not."""
+    x = x.transpose(1, 2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _matmul(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+    want_preactivation: bool,
+    num_sms: int,
+) -> Outputs:
+    """A dense convolution as a matmul over windows [B, T_out, taps * C] that overlap in memory."""
+    (B, T, C), dtype, k, x_scale = x.shape, x.dtype, geometry.kernel_size, None
+    T_out = geometry.frames_out(T)
+    if weight.spec.inputs is not None:
+        x, scale = quantize_frames_triton(x, weight.input_scale, lengths, geometry, pad=True)
+        x_scale = scale.repeat_interleave(T_out)
+    elif geometry.left or geometry.right or lengths is not None or x.stride(1) != C:
+        x = copy_frames_triton(x, lengths, geometry, pad=True)
+    windows = x.as_strided((B, T_out, k * C), (x.stride(0), geometry.stride * C, 1))
+    residual = None if residual is None else residual.flatten(0, 1)
+    config = choose_config(max(B * T_out, 1), weight.N, weight.K, weight.spec.bits, num_sms)
+    return linear_triton(
+        windows, weight, bias, residual, epilogue, config,
+        x_scale=x_scale, dtype=dtype, want_preactivation=want_preactivation,
+    )  # fmt: skip
+
+
+def _direct(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+    want_preactivation: bool,
+) -> Outputs:
+    """A depthwise, grouped or dilated convolution that reads x where its taps fall."""
+    (B, T, _), dtype, N, input_scale = x.shape, x.dtype, weight.N, None
+    if weight.spec.inputs is not None:
+        x, input_scale = quantize_frames_triton(x, weight.input_scale, lengths, geometry, pad=False)
+        lengths = None  # the padded integers are zeros already
+    launch = depthwise_conv1d_triton if weight.is_depthwise else implicit_gemm_conv1d_triton
+    y = torch.empty(B, geometry.frames_out(T), N, dtype=dtype, device=x.device)
+    if epilogue == "glu":  # a channel and its gate lie in different tiles: one more pass
+        launch(x, weight, bias, None, lengths, geometry, None, y, None, input_scale)
+        return _finish(y, residual, epilogue), y
+    z = torch.empty_like(y) if want_preactivation else None
+    launch(x, weight, bias, residual, lengths, geometry, epilogue, y, z, input_scale)
+    return y, z
+
+
+def _dequant_cudnn(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+    want_preactivation: bool,
+) -> Outputs:
+    if geometry.left or geometry.right or lengths is not None:
+        x = copy_frames_triton(x, lengths, geometry, pad=True)
+    z = F.conv1d(
+        x.transpose(1, 2),
+        conv_weight(dequantize_triton(weight, x.dtype), geometry),
+        bias,
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+    )
+    z = z.transpose(1, 2).contiguous()
+    if epilogue is None and residual is None and not want_preactivation:
+        return z, None
+    return _finish(z, residual, epilogue), z
+
+
+def _dequant_cudnn_dx(
+    dz: Tensor, weight: QuantizedWeight, lengths: Tensor | None, geometry: Geometry, T: int
+) -> Tensor:
+    dx = F.conv_transpose1d(
+        dz.transpose(1, 2),
+        conv_weight(dequantize_triton(weight, dz.dtype), geometry),
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+    )
+    # the transposed convolution starts in the padding and may stop before the last input frame
+    dx = F.pad(dx, (-geometry.left, T + geometry.left - dx.shape[2]))
+    whole = Geometry(1)
+    dx = copy_frames_triton(_channel_last(dx), lengths, whole, pad=False)
+    return dx.transpose(1, 2)
+
+
+def _finish(z: Tensor, residual: Tensor | None, epilogue: str | None) -> Tensor:
+    """``epilogue(z) + residual`` in one pass: [M, N_out] of z [B, T_out, N]."""
+    residual = None if residual is None else residual.flatten(0, 1)
+    return finish_triton(z.flatten(0, 1)[None], None, None, None, residual, epilogue, z.dtype)

@@ -1,0 +1,79 @@
+// Passes over frames: quantization, and the depthwise convolution.
+#pragma once
+
+#include "vector.h"
+
+static inline float scale_of(int32_t largest) {
+  float amax;
+  memcpy(&amax, &largest, 4);
+  return largest ? amax / 127.0f : 1.0f;
+}
+
+static inline int32_t largest_of(const float* x, int64_t count) {
+  vint largest = {};
+  for (int64_t c = 0; c < count; c += LANES)
+    largest = max_int(largest, magnitude(load_some(x + c, lanes_left(count - c))));
+  return horizontal_max(largest);
+}
+
+static inline void quantize_row(const float* x, int64_t count, float scale, uint8_t* q) {
+  for (int64_t c = 0; c < count; c += LANES) {
+    int lanes = lanes_left(count - c);
+    vbyte v = quantized(load_some(x + c, lanes) / scale);
+    memcpy(q + c, &v, lanes);
+  }
+}
+
+struct Depthwise {
+  int64_t frames, valid, channels, out_frames;  // frames from `valid` on count as zero
+  int64_t taps, stride, padding, dilation;
+  const float* x;  // [frames, channels]
+  int64_t x_stride;
+  const float* input_scale;  // null: the input stays float
+  const float* weight;       // [taps, channels]
+  const float* scale;        // [channels]
+  const float* bias;         // [channels] or null
+  const float* residual;     // [out_frames, channels] or null
+  int64_t residual_stride;
+  int32_t activation;
+  float* out;
+  int64_t out_stride;
+  int64_t threads;
+};
+
+constexpr int DEPTHWISE_ROWS = 8;
+
+// channels [c, c + 16); buffer [padded, 16] holds their frames, quantized where the input is int8:
+// integers in float, whose sums stay below 2^24 and are therefore exact
+static void depthwise_vector(const Depthwise& p, int64_t c, float* buffer) {
+  int count = lanes_left(p.channels - c);
+  int64_t span = (p.taps - 1) * p.dilation + 1;
+  int64_t padded = (p.out_frames + DEPTHWISE_ROWS - 1) * p.stride + span;
+  for (int64_t i = 0; i < padded; i++) {
+    int64_t t = i - p.padding;
+    vfloat v = {};
+    if (t >= 0 && t < p.valid) v = load_some(p.x + t * p.x_stride + c, count);
+    if (p.input_scale) {
+      v = min(max(v / *p.input_scale, splat(-127.0f)), splat(127.0f));
+      v = to_float(round_to_int(v));
+    }
+    store(buffer + i * LANES, v);
+  }
+  vfloat scale = load_some(p.scale + c, count);
+  if (p.input_scale) scale *= *p.input_scale;
+  vfloat bias = p.bias ? load_some(p.bias + c, count) : vfloat{};
+  for (int64_t t = 0; t < p.out_frames; t += DEPTHWISE_ROWS) {
+    vfloat sums[DEPTHWISE_ROWS] = {};
+    for (int64_t k = 0; k < p.taps; k++) {
+      vfloat w = load_some(p.weight + k * p.channels + c, count);
+      const float* from = buffer + (t * p.stride + k * p.dilation) * LANES;
+      for (int r = 0; r < DEPTHWISE_ROWS; r++)
+        sums[r] += w * load<vfloat>(from + r * p.stride * LANES);
+    }
+    for (int r = 0; r < DEPTHWISE_ROWS && t + r < p.out_frames; r++) {
+      vfloat y = activate(sums[r] * scale + bias, p.activation);
+      if (p.residual) y += load_some(p.residual + (t + r) * p.residual_stride + c, count);
+      store_some(p.out + (t + r) * p.out_stride + c, y, count);
+    }
+  }
+}

@@ -1,0 +1,96 @@
+// The functions that Python calls through ctypes; one translation unit.
+#include <stdlib.h>
+
+#include "frames.h"
+#include "matmul.h"
+#include "weight.h"
+
+extern "C" int has_int8_matmul() {
+#ifdef __AVX512VNNI__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// start: int32 [panels * 48], what cancels A's zero point: -128 times the sum of a column
+extern "C" void matmul_int8(const Matmul* p, const int8_t* panels, const int32_t* start) {
+  int64_t count = p->groups * ((p->N + PANEL - 1) / PANEL);
+  matmul_panels<ByteArithmetic>(*p, panels, start, 0, count);
+}
+
+// the weight is unpacked a few panels at a time, into a buffer that stays in the caches
+extern "C" int matmul_float(const Matmul* p, const PackedWeight* weight) {
+  int64_t count = p->groups * ((p->N + PANEL - 1) / PANEL), size = p->K * PANEL;
+  int64_t block = (4 << 20) / (size * 4);
+  if (block < 2 * p->threads) block = 2 * p->threads;
+  if (block > count) block = count;
+  float* panels = (float*)aligned_alloc(64, block * size * 4);
+  if (!panels) return 1;
+  for (int64_t first = 0; first < count; first += block) {
+    int64_t now = count - first < block ? count - first : block;
+#pragma omp parallel for schedule(dynamic) num_threads(p->threads)
+    for (int64_t i = 0; i < now; i++) unpack_panel(*weight, *p, first + i, panels + i * size);
+    matmul_panels<FloatArithmetic>(*p, panels, nullptr, first, now);
+  }
+  free(panels);
+  return 0;
+}
+
+// each row [columns] to uint8 with zero point 128 by its own scale, largest magnitude / 127
+extern "C" void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t columns,
+                              uint8_t* q, float* scale, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    scale[r] = scale_of(largest_of(x + r * x_stride, columns));
+    quantize_row(x + r * x_stride, columns, scale[r], q + r * columns);
+  }
+}
+
+// one scale for all rows, largest magnitude / 127
+extern "C" void shared_scale(const float* x, int64_t x_stride, int64_t rows, int64_t columns,
+                             float* scale, int64_t threads) {
+  int32_t largest = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : largest)
+  for (int64_t r = 0; r < rows; r++) {
+    int32_t here = largest_of(x + r * x_stride, columns);
+    largest = here > largest ? here : largest;
+  }
+  *scale = scale_of(largest);
+}
+
+// frames [frames, groups * channels] to padded planes [groups, left + frames + right, channels] by
+// one scale; frames from `valid` on and the padding become zero
+extern "C" void quantize_frames(const float* x, int64_t x_stride, int64_t frames, int64_t valid,
+                                int64_t groups, int64_t channels, int64_t left, int64_t right,
+                                const float* scale, uint8_t* q, int64_t threads) {
+  int64_t padded = left + frames + right;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < padded; i++)
+    for (int64_t g = 0; g < groups; g++) {
+      uint8_t* out = q + (g * padded + i) * channels;
+      if (i < left || i >= left + valid)
+        memset(out, 128, channels);
+      else
+        quantize_row(x + (i - left) * x_stride + g * channels, channels, *scale, out);
+    }
+}
+
+extern "C" int depthwise(const Depthwise* args) {
+  const Depthwise& p = *args;
+  int64_t span = (p.taps - 1) * p.dilation + 1;
+  int64_t padded = (p.out_frames + DEPTHWISE_ROWS - 1) * p.stride + span;
+  int failed = 0;
+#pragma omp parallel num_threads(p.threads)
+  {
+    float* buffer = (float*)aligned_alloc(64, padded * LANES * 4);
+    if (!buffer)
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+    else {
+#pragma omp for schedule(dynamic)
+      for (int64_t c = 0; c < p.channels; c += LANES) depthwise_vector(p, c, buffer);
+    }
+    free(buffer);
+  }
+  return failed;
+}

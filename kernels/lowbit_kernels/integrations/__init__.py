@@ -1,0 +1,23 @@
+"""Ties to model libraries, none of which is imported before the user imports it.
+
+Importing this package costs nothing: it only asks to be called once transformers is there, and once
+the first model is to be converted.
+"""
+
+from lowbit_kernels.integrations.import_hook import when_imported
+
+
+def _register_adapters() -> None:
+    from lowbit_kernels.integrations.adapters import register
+
+    register()
+
+
+def _register_with_transformers() -> None:
+    from lowbit_kernels.integrations.huggingface import register
+
+    register()
+
+
+when_imported("lowbit_kernels.conversion.registry", _register_adapters)
+when_imported("transformers.modeling_utils", _register_with_transformers)

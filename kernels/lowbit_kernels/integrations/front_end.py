@@ -1,0 +1,155 @@
+"""Convolutional front ends that give a padded utterance the frames it has alone.
+
+In wav2vec2-base and its relatives the first convolution is followed by a GroupNorm over time, so
+padding changes every frame of an utterance. Here the statistics run over the valid frames.
+
+Dimension key: B batch, C channels, T frames, S samples.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
+from lowbit_kernels.norm import masked_group_norm
+
+_log = logging.getLogger("lowbit_kernels")
+_warned = False
+
+# this many zeros at the end of a clip are padding: recorded silence is not exactly zero
+_PADDING_SAMPLES = 160
+
+
+class MaskedGroupNormConvLayer(Swapped):
+    """A convolution, GroupNorm and activation; the norm sees only valid frames."""
+
+    conv: nn.Module
+    layer_norm: nn.GroupNorm
+    activation: Any
+
+    def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """[B, C_in, T_in] to [B, C, T]; ``lengths`` [B] counts valid output frames."""
+        if lengths is None:
+            plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return plain
+        norm = self.layer_norm
+        normalized = masked_group_norm(
+            self.conv(hidden_states),
+            norm.weight,
+            norm.bias,
+            lengths=lengths,
+            num_groups=norm.num_groups,
+            eps=norm.eps,
+        )
+        out: Tensor = self.activation(normalized)
+        return out
+
+
+class MaskedFeatureEncoder(Swapped):
+    """The stack of convolutions, told the lengths by a hook on the model that calls it."""
+
+    conv_layers: nn.ModuleList
+    training: bool
+    _requires_grad: bool
+    # set by the hook, taken by the next forward: layers get lengths as an argument, so that
+    # gradient checkpointing recomputes each call with its own
+    _lengths: Tensor | None = None
+
+    def forward(self, input_values: Tensor) -> Tensor:
+        """Waveforms [B, S] to features [B, C, T]."""
+        lengths, self._lengths = self._lengths, None
+        if lengths is None:
+            plain: Tensor = super().forward(input_values)  # type: ignore[misc]
+            return plain
+        hidden_states = input_values[:, None]
+        if self._requires_grad and self.training:
+            hidden_states.requires_grad = True
+        zero = _has_int8_inputs(self.conv_layers)
+        for layer in self.conv_layers:
+            lengths = _frames(lengths, layer.conv)
+            if isinstance(layer, MaskedGroupNormConvLayer):
+                hidden_states = layer(hidden_states, lengths)
+            else:
+                hidden_states = layer(hidden_states)
+                if zero:  # an input scale is one an utterance: padding must not raise it
+                    hidden_states = _zero_padding(hidden_states, lengths)
+        return hidden_states
+
+
+def matches_front_end(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers that calls a convolutional front end."""
+    encoder = module._modules.get("feature_extractor")
+    return (
+        encoder is not None
+        and not isinstance(encoder, Swapped)
+        and type(encoder).__name__.endswith(("FeatureEncoder", "FeatureExtractor"))
+        and type(encoder).__module__.startswith("transformers.")
+        and isinstance(getattr(encoder, "conv_layers", None), nn.ModuleList)
+    )
+
+
+def mask_front_end(model: nn.Module) -> nn.Module:
+    """Make a model's front end ignore padding; in place."""
+    encoder: Any = model.feature_extractor
+    swap_class(encoder, MaskedFeatureEncoder)
+    for layer in encoder.conv_layers:
+        if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
+            swap_class(layer, MaskedGroupNormConvLayer)
+    model.register_forward_pre_hook(_pass_lengths, with_kwargs=True)
+    return model
+
+
+def restore_front_end(module: nn.Module) -> nn.Module:
+    """Undo ``mask_front_end``."""
+    encoder: Any = module._modules.get("feature_extractor")
+    if isinstance(encoder, MaskedFeatureEncoder):
+        for layer in encoder.conv_layers:
+            restore_class(layer)
+        restore_class(encoder)  # type: ignore[arg-type]
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _pass_lengths]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    return module
+
+
+def _pass_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the model: hand the front end each utterance's samples."""
+    waveforms = args[0] if args else kwargs.get("input_values")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    module.feature_extractor._lengths = None if mask is None else mask.sum(-1)
+    if mask is None and not torch.compiler.is_compiling():
+        _warn_if_padded(waveforms)
+
+
+def _warn_if_padded(waveforms: Tensor | None) -> None:
+    """Say once that a padded batch came without a mask; looks at tensors on a CPU only."""
+    global _warned
+    if _warned or waveforms is None or waveforms.device.type != "cpu" or waveforms.dim() != 2:
+        return
+    if waveforms.shape[0] < 2:
+        return
+    padded = (waveforms[:, -_PADDING_SAMPLES:] == 0).all(-1)
+    if padded.any() and not padded.all():
+        _warned = True
+        _log.warning(
+            "a padded batch came without attention_mask: padding changes the output. Call the "
+            "feature extractor with return_attention_mask=True and pass the mask on"
+        )
+
+
+def _frames(lengths: Tensor, conv: Any) -> Tensor:
+    """Valid output frames of a convolution [B] for valid input frames [B]."""
+    span = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
+    padding = 2 * conv.padding[0]
+    return torch.div(lengths + padding - span, conv.stride[0], rounding_mode="floor") + 1
+
+
+def _zero_padding(hidden_states: Tensor, lengths: Tensor) -> Tensor:
+    frames = torch.arange(hidden_states.shape[-1], device=hidden_states.device)
+    return hidden_states.masked_fill(frames >= lengths[:, None, None], 0)
+
+
+def _has_int8_inputs(layers: nn.ModuleList) -> bool:
+    specs = [getattr(layer.conv, "spec", None) for layer in layers]
+    return any(spec is not None and spec.inputs is not None for spec in specs)

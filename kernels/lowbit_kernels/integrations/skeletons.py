@@ -1,0 +1,68 @@
+"""The layer table of a quantized model, and empty layers made from it to load weights into."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
+
+_KINDS: dict[str, tuple[type[QLinear | QConv1d], type[nn.Module]]] = {
+    "QLinear": (QLinear, nn.Linear),
+    "QConv1d": (QConv1d, nn.Conv1d),
+}
+
+
+def layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every quantized layer: name to ``{"kind": class name, "spec": QuantSpec as a dict}``."""
+    return {
+        name: {"kind": type(module).__name__, "spec": module.spec.to_dict()}
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+    }
+
+
+def place_skeletons(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the layers that a table names by empty quantized ones of the same shape.
+
+    A table saved from a bare encoder fits a model with a head and the other way round, as weights
+    do in transformers.
+
+    Args:
+        model: a transformers model, usually on the meta device; changed in place.
+        layers: as ``layer_table`` returns it.
+
+    Raises:
+        ValueError: if a layer is not there or is of another kind; the model is unchanged.
+    """
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    skeletons = {}
+    for name, entry in layers.items():
+        local = _local_name(name, prefix, modules)
+        if local is None and _is_head(name, prefix, layers):
+            continue
+        kind, base = _KINDS.get(entry["kind"], (None, nn.Module))
+        old = modules.get(local or name)
+        if kind is None or not isinstance(old, base):
+            found = "nothing" if old is None else f"a {type(old).__name__}"
+            raise ValueError(
+                f"quantization_config.layers must fit the model: it has a {entry['kind']} {name!r} "
+                f"where {type(model).__name__} has {found}"
+            )
+        skeletons[local or name] = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
+    for name, layer in skeletons.items():
+        model.set_submodule(name, layer)
+
+
+def _local_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:
+    candidates = [name, prefix + name]
+    if name.startswith(prefix):
+        candidates.append(name.removeprefix(prefix))
+    return next((candidate for candidate in candidates if candidate in modules), None)
+
+
+def _is_head(name: str, prefix: str, layers: Mapping[str, Any]) -> bool:
+    """Whether a layer stands outside the encoder that the table was saved with."""
+    return not name.startswith(prefix) and any(other.startswith(prefix) for other in layers)

@@ -1,0 +1,71 @@
+"""WavLM's attention, which reads its layers' raw weights, made to call the layers.
+
+Dimension key: B batch, H heads, T frames, D head dimension, C = H * D.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit_kernels.attention import DenseBias, flash_attention
+from lowbit_kernels.integrations.class_swap import Swapped
+
+
+class FusedWavLMAttention(Swapped):
+    """WavLM's attention with the gated relative bias added inside a fused kernel.
+
+    Attention weights are not returned: ``output_attentions=True`` gives ``None`` for each layer.
+    """
+
+    num_heads: int
+    scaling: float
+    dropout: float
+    training: bool
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+
+    def torch_multi_head_self_attention(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        gated_position_bias: Tensor,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attend over [B, T, C].
+
+        Args:
+            hidden_states: [B, T, C].
+            attention_mask: [B, T], true or 1 for valid frames, which come first.
+            gated_position_bias: [B * H, T, T].
+            output_attentions: without effect.
+
+        Returns:
+            [B, T, C], and None in place of the attention weights.
+        """
+        q, k, v = (
+            self._heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        B, _, T, _ = q.shape
+        out = flash_attention(
+            q,
+            k,
+            v,
+            lengths=None if attention_mask is None else attention_mask.ne(0).sum(-1),
+            position=DenseBias(gated_position_bias.view(B, self.num_heads, T, T)),
+            scale=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        merged = out.transpose(1, 2).reshape(hidden_states.shape)
+        projected: Tensor = self.out_proj(merged)
+        return projected, None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def matches_wavlm_attention(module: nn.Module) -> bool:
+    """Whether a module is the attention of transformers' WavLM."""
+    kind: Any = type(module)
+    return kind.__name__ == "WavLMAttention" and kind.__module__.startswith("transformers.")
