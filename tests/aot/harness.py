@@ -67,6 +67,7 @@ class AotCase:
         options: ``num_warps``, ``num_stages`` and the like.
         expect: the matrix instruction: ``"mma"`` (``wgmma`` on sm_90), ``"mma_sync"`` (tiles too
             small for ``wgmma``), the same with ``_s8`` for int8 operands, or None for none.
+        async_loads: whether asynchronous copies of 16 bytes are expected (NVIDIA only).
         targets: names out of ``TARGETS``; None for all.
     """
 
@@ -77,6 +78,7 @@ class AotCase:
     aligned: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     expect: str | None = None
+    async_loads: bool = False
     targets: tuple[str, ...] | None = None
 
 
@@ -145,6 +147,7 @@ def compile_case(case: AotCase, target_name: str) -> dict[str, Any]:
         **resources,
         "shared_bytes": compiled.metadata.shared,
         "matrix_instruction": _matrix_instruction(assembly),
+        "async_loads": bool(re.search(r"cp\.async\.c[ag]\.shared\.global .*, 0x10[,;]", assembly)),
         "compile_seconds": round(seconds, 2),
     }
     report["problems"] = problems + _check(case, report, target_name)
@@ -201,7 +204,8 @@ def _expected_instruction(expect: str, target: str) -> str:
     if target == "sm_90" and not expect.startswith("mma_sync"):
         return r"wgmma.*\.s8\.s8" if int8 else r"wgmma"
     if target == "sm_100":
-        return r"mma.*s8" if int8 else r"tcgen05\.mma|mma\.sync"
+        # the tensor memory form where the tile is large enough
+        return r"kind::i8|mma\.sync.*\.s8\.s8" if int8 else r"kind::f16|mma\.sync"
     return r"mma\.sync.*\.s8\.s8" if int8 else r"mma\.sync"
 
 
@@ -212,9 +216,14 @@ def _check(case: AotCase, report: Mapping[str, Any], target_name: str) -> list[s
     if report["shared_bytes"] > target.shared_bytes:
         problems.append(f"{report['shared_bytes']} B of shared memory of {target.shared_bytes}")
     if case.expect is not None:
-        pattern, found = _expected_instruction(case.expect, target_name), report["matrix_instruction"]
+        pattern, found = (
+            _expected_instruction(case.expect, target_name),
+            report["matrix_instruction"],
+        )
         if found is None or not re.search(pattern, found):
             problems.append(f"expected {pattern}, found {found}")
+    if case.async_loads and target.backend == "cuda" and not report["async_loads"]:
+        problems.append("no asynchronous 16-byte loads")
     return problems
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_kernels.attention.config import default_config, input_precision, shared_limit
+from lowbit_kernels.attention.config import default_config, input_precision, shared_bytes
 from lowbit_kernels.attention.forward_kernel import bias_strides, empty_heads, rows
 from lowbit_kernels.attention.scores_kernel import (
     LOG2_E,
@@ -184,9 +184,9 @@ def flash_attention_backward_triton(
         grad_scores = torch.zeros(B, H, T, T, device=q.device, dtype=torch.float32)
     if q.numel() > 0:
         q, k, v, grad_out = rows(q), rows(k), rows(v), rows(grad_out)
-        limit = shared_limit(q.device)
-        dq_config = default_config("backward_dq", D, q.element_size(), limit)
-        dkdv_config = default_config("backward_dkdv", D, q.element_size(), limit)
+        problem = (D, q.dtype, bias is not None or seed is not None, shared_bytes(q.device))
+        dq_config = default_config("backward_dq", *problem)
+        dkdv_config = default_config("backward_dkdv", *problem)
         delta = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
         block_m = 64
         _flash_attention_bwd_delta_kernel[(triton.cdiv(T, block_m), B * H)](

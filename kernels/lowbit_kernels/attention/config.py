@@ -1,14 +1,19 @@
-"""The tile of each attention kernel for a GPU's shared memory."""
+"""Which tile each attention kernel uses, chosen by compiling for every supported GPU.
+
+Dimension key: D head dimension; M queries and N keys of a tile.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+Kernel = Literal["forward", "backward_dq", "backward_dkdv"]
+
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Sizes of a tile and how it is compiled: M queries, N keys, D head features."""
+    """The sizes of a tile and how it is compiled."""
 
     block_m: int
     block_n: int
@@ -17,21 +22,64 @@ class TileConfig:
     num_stages: int
 
 
+# below this much shared memory (sm_89, sm_120, gfx942) the large tiles do not fit
+LARGE_TILE_SHARED_BYTES = 160 * 1024
+
+# by kernel and the largest padded D: block_m, block_n, num_warps, num_stages
+_LARGE = {
+    "forward": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "backward_dq": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "backward_dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+}
+# a bias's addresses, dropout's random numbers and loads of unaligned frames take the registers
+# that a large tile needs
+_SMALL = {
+    "forward": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "backward_dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    "backward_dkdv": {64: (32, 64, 8, 1), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+}
+# fp32 multiplies on the vector units: operands come through registers, not matrix fragments
+_FP32 = {
+    "forward": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_dq": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+}
+
+
 def default_config(
-    kernel: Literal["forward", "backward_dq", "backward_dkdv"],
-    head_dim: int,
-    element_size: int,
-    shared_limit: int,
+    kernel: Kernel, head_dim: int, dtype: torch.dtype, extra_terms: bool, shared_bytes: int
 ) -> TileConfig:
+    """The tile for a problem on a GPU.
+
+    Args:
+        kernel: which kernel.
+        head_dim: D, at most 256.
+        dtype: of q, k and v.
+        extra_terms: whether the scores have a bias or dropout.
+        shared_bytes: the shared memory that one program may use.
+    """
+    if dtype == torch.float32:
+        table = _FP32
+    elif extra_terms or head_dim % 16 or shared_bytes < LARGE_TILE_SHARED_BYTES:
+        table = _SMALL
+    else:
+        table = _LARGE
+    # tl.dot takes powers of two, 16 at least
     block_d = max(16, 1 << (head_dim - 1).bit_length())
-    return TileConfig(32, 32, block_d, 4, 2)
+    block_m, block_n, num_warps, num_stages = table[kernel][max(64, block_d)]
+    return TileConfig(block_m, block_n, block_d, num_warps, num_stages)
 
 
-def shared_limit(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 101376
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def shared_bytes(device: torch.device) -> int:
+    """The shared memory that one program may use on a device."""
+    if device.type == "cpu":  # Triton's interpreter
+        return 99 * 1024
+    if torch.version.hip is not None:
+        return 64 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def input_precision(dtype: torch.dtype) -> str | None:
+    """Of ``tl.dot``: exact products for fp32, whose default is TF32."""
     return "ieee" if dtype == torch.float32 else None

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_kernels.attention.config import default_config, input_precision, shared_limit
+from lowbit_kernels.attention.config import default_config, input_precision, shared_bytes
 from lowbit_kernels.attention.scores_kernel import (
     LN_2,
     LOG2_E,
@@ -71,9 +71,7 @@ def _flash_attention_fwd_kernel(
         if seed_ptr is not None:
             keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
             probs = tl.where(keep, probs, 0.0)
-        acc = tl.dot(
-            probs.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION
-        )
+        acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
         row_max = new_max
 
     is_empty = row_sum == 0.0
@@ -122,7 +120,8 @@ def flash_attention_triton(
     if q.numel() == 0:
         return out, lse
     q, k, v = rows(q), rows(k), rows(v)
-    config = default_config("forward", D, q.element_size(), shared_limit(q.device))
+    extra_terms = bias is not None or seed is not None
+    config = default_config("forward", D, q.dtype, extra_terms, shared_bytes(q.device))
     _flash_attention_fwd_kernel[(triton.cdiv(T, config.block_m), B * H)](
         q, k, v, lengths, bias, seed, out, lse,
         H, T, None if window is None else min(window, T), scale, dropout_p,

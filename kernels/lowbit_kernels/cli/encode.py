@@ -6,13 +6,14 @@ there already is skipped, so a run that was stopped goes on where it was.
 Dimension key: T frames, D features.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from lowbit_kernels.cli.audio import Samples
 from lowbit_kernels.cli.errors import CommandError
@@ -69,9 +70,9 @@ def encode(speech: Speech, targets: Mapping[Path, Path], folder: Path) -> list[O
     return [outcomes[path] for path in targets]
 
 
-def name_targets(arguments: Sequence[Path], audio: Sequence[Path], out: Path, form: str) -> dict[
-    Path, Path
-]:
+def name_targets(
+    arguments: Sequence[Path], audio: Sequence[Path], out: Path, form: str
+) -> dict[Path, Path]:
     """Which frames file belongs to which audio file.
 
     A file's is named after it; files found in a folder keep their place below that folder.
@@ -103,6 +104,19 @@ def name_targets(arguments: Sequence[Path], audio: Sequence[Path], out: Path, fo
     return targets
 
 
+def summarize(outcomes: Sequence[Outcome], folder: Path) -> str:
+    """One line: how many files were written, skipped and failed."""
+    done = [outcome for outcome in outcomes if "error" not in outcome]
+    skipped = sum(outcome["skipped"] for outcome in done)
+    frames = sum(outcome["frames"] for outcome in done if not outcome["skipped"])
+    parts = [f"{len(done) - skipped} written ({frames} frames)"]
+    if skipped:
+        parts.append(f"{skipped} there already")
+    if len(done) < len(outcomes):
+        parts.append(f"{len(outcomes) - len(done)} failed")
+    return f"{', '.join(parts)}, in {folder}"
+
+
 def _frames(speech: Speech, windows: Sequence[Window]) -> list[Samples]:
     outputs = forward(speech, speech.frames, windows)
     return [output.float().cpu().numpy() for output in outputs]
@@ -123,19 +137,25 @@ def _done(path: Path, target: Path, frames: int, *, skipped: bool) -> Outcome:
 
 
 def _check_record(speech: Speech, folder: Path) -> None:
-    weights = sum(
-        float(np.abs(p.detach().float().cpu().numpy()).sum()) for p in speech.model.parameters()
-    )
-    wanted = {
-        "model": type(speech.model).__name__,
-        "modules": str(hash(str(speech.model))),
-        "weights": weights,
-    }
+    wanted = {"model": type(speech.model).__name__, "sha256": _fingerprint(speech)}
     record = folder / RECORD
     folder.mkdir(parents=True, exist_ok=True)
     if not record.exists():
         temporary = record.with_suffix(".tmp")
         temporary.write_text(json.dumps(wanted, indent=1))
         os.replace(temporary, record)
-    elif json.loads(record.read_text()) != wanted:
+        return
+    try:
+        found = json.loads(record.read_text())
+    except ValueError:
+        raise CommandError(f"{record}: not a record of an earlier run") from None
+    if found != wanted:
         raise CommandError(f"{folder} holds frames of another model; choose another --out")
+
+
+def _fingerprint(speech: Speech) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in speech.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

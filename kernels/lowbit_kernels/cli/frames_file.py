@@ -70,7 +70,11 @@ class FramesWriter:
             room = _HEADER_BYTES - len(_NPY_MAGIC) - 2
             text = repr(about).ljust(room - 1) + "\n"
             return _NPY_MAGIC + struct.pack("<H", room) + text.encode()
-        entry = {"dtype": "F32", "shape": [self.T, self.D], "data_offsets": [0, 4 * self.T * self.D]}
+        entry = {
+            "dtype": "F32",
+            "shape": [self.T, self.D],
+            "data_offsets": [0, 4 * self.T * self.D],
+        }
         notes = {"format": "pt", "seconds_per_frame": f"{self.seconds_per_frame:g}"}
         room = _HEADER_BYTES - 8
         text = json.dumps({"__metadata__": notes, "frames": entry}).ljust(room)

@@ -147,7 +147,5 @@ def forward(
     outputs = function(inputs)
     return [
         output[:count][window.drop :][: window.keep]
-        for output, count, window in zip(
-            outputs, speech.frame_counts(inputs), windows, strict=True
-        )
+        for output, count, window in zip(outputs, speech.frame_counts(inputs), windows, strict=True)
     ]

@@ -14,6 +14,7 @@ import torch
 from lowbit_kernels.checkpoint import MANIFEST, CheckpointError, load_quantized
 from lowbit_kernels.cli.errors import CommandError, first_line, require
 from lowbit_kernels.cli.speech import Speech
+from lowbit_kernels.conversion import adapt
 from lowbit_kernels.integrations import rebuild
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -48,9 +49,7 @@ def _why_no_cuda() -> str:
             f"torch {torch.__version__} is a build without CUDA; https://pytorch.org/get-started "
             "has the install command of one with it, or use --device cpu"
         )
-    return (
-        f"torch {torch.__version__} finds no GPU or driver; see nvidia-smi, or use --device cpu"
-    )
+    return f"torch {torch.__version__} finds no GPU or driver; see nvidia-smi, or use --device cpu"
 
 
 def is_quantized(source: str) -> bool:
@@ -62,6 +61,8 @@ def is_quantized(source: str) -> bool:
 def load_speech(source: str, device: torch.device) -> Speech:
     """Load a model in float32 on a CPU and in float16 on a GPU.
 
+    A float model, too, is made to give a padded utterance what it gives a single one.
+
     Args:
         source: a hub id, a folder of transformers, or a low-bit checkpoint.
         device: where to.
@@ -71,10 +72,11 @@ def load_speech(source: str, device: torch.device) -> Speech:
         CheckpointError: for a low-bit checkpoint that cannot be read.
     """
     require("transformers", "hf")
-    with _quiet_transformers():
+    with quiet_transformers():
         model = _load_quantized(source) if is_quantized(source) else _load_float(source)
         if not hasattr(model, "config"):
             raise CommandError(f"{source}: a {type(model).__name__} is no model of transformers")
+        adapt(model)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         return Speech(source, model.eval().to(device=device, dtype=dtype), source)
 
@@ -83,7 +85,7 @@ def load_processor(source: str) -> Any:
     """The processor of a model, or its feature extractor alone; ``None`` if it has neither."""
     transformers = require("transformers", "hf")
     for auto in (transformers.AutoProcessor, transformers.AutoFeatureExtractor):
-        with _quiet_transformers(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with quiet_transformers(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return auto.from_pretrained(source)
     return None
 
@@ -123,7 +125,7 @@ def _load_float(source: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep a library's progress bars and notes off stderr; errors still come as exceptions."""
     import transformers
 

@@ -74,7 +74,8 @@ class Speech:
     @property
     def device(self) -> torch.device:
         """Where the model's tensors lie."""
-        return next(t.device for t in (*self.model.parameters(), *self.model.buffers()))
+        device: torch.device = self.model.device
+        return device
 
     @property
     def rate(self) -> int:
@@ -176,4 +177,3 @@ class Speech:
         """The text of a CTC model's best token of every frame."""
         text: str = self.tokenizer.decode(list(ids))
         return text.strip()
-

@@ -3,6 +3,7 @@
 Dimension key: B windows of a batch, T frames.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from lowbit_kernels.cli.inference import (
     forward,
     stream,
 )
-from lowbit_kernels.cli.output import Outcome
+from lowbit_kernels.cli.output import Outcome, results
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import Cut, Window
 
@@ -86,12 +87,19 @@ def _generate(speech: Speech, windows: Sequence[Window]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def transcript_table(outcomes: Sequence[Outcome]) -> Table:
-    """Texts beside the names of their files; failed files are left to stderr."""
+def print_transcripts(outcomes: Sequence[Outcome]) -> None:
+    """Texts beside their files' names; lines of name, tab and text where no terminal reads.
+
+    Files that failed are left to stderr.
+    """
+    done = [outcome for outcome in outcomes if "text" in outcome]
+    if not sys.stdout.isatty():
+        sys.stdout.writelines(f"{outcome['file']}\t{outcome['text']}\n" for outcome in done)
+        return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", overflow="fold", max_width=30)
     table.add_column()
-    for outcome in outcomes:
-        if "text" in outcome:
-            table.add_row(Path(outcome["file"]).name, Text(outcome["text"] or "(nothing)"))
-    return table
+    for outcome in done:
+        table.add_row(Path(outcome["file"]).name, Text(outcome["text"] or "(nothing)"))
+    if done:
+        results().print(table)

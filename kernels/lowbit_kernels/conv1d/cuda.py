@@ -18,6 +18,7 @@ from lowbit_kernels.conv1d.kernels.depthwise import (
 from lowbit_kernels.conv1d.kernels.frames import copy_frames_triton, quantize_frames_triton
 from lowbit_kernels.conv1d.kernels.implicit_gemm import implicit_gemm_conv1d_triton
 from lowbit_kernels.conv1d.kernels.implicit_gemm_dx import implicit_gemm_conv1d_dx_triton
+from lowbit_kernels.conv1d.layout import channel_first, channel_last
 from lowbit_kernels.conv1d.reference import conv_weight
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
@@ -29,10 +30,14 @@ Outputs = tuple[Tensor, Tensor | None]
 
 
 @functools.cache
-def device_properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Capability and number of multiprocessors."""
+def device_properties(device: torch.device) -> tuple[tuple[int, int], int, int]:
+    """Capability, multiprocessors, and shared memory of one program."""
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    # AMD's properties lack the second limit: every program may use all of it
+    shared = getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    )
+    return (properties.major, properties.minor), properties.multi_processor_count, shared
 
 
 def choose_kernel(
@@ -76,10 +81,10 @@ def conv1d_cuda(
 ) -> Outputs:
     """Outputs [B, N_out, T_out] and, if wanted, pre-activations [B, N, T_out].
 
-    Both are views of channel-last memory. See ``low_bit_conv1d``.
+    Both lie in channel-last memory. See ``low_bit_conv1d``.
     """
-    capability, num_sms = device_properties(x.device)
-    x = _channel_last(x)
+    capability, *limits = device_properties(x.device)
+    x = channel_last(x)
     residual = None if residual is None else residual.transpose(1, 2).contiguous()
     B, T_out, spec = x.shape[0], geometry.frames_out(x.shape[1]), weight.spec
     kernel = choose_kernel(
@@ -87,7 +92,7 @@ def conv1d_cuda(
     )
     if kernel == "matmul":
         y, z = _matmul(
-            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, num_sms
+            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, *limits
         )
     elif kernel == "dequant_cudnn":
         y, z = _dequant_cudnn(
@@ -95,8 +100,8 @@ def conv1d_cuda(
         )
     else:
         y, z = _direct(x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation)
-    y = y.view(B, T_out, -1).transpose(1, 2)
-    return y, None if z is None else z.view(B, T_out, weight.N).transpose(1, 2)
+    y = channel_first(y.view(B, T_out, y.shape[-1]))
+    return y, None if z is None else channel_first(z.view(B, T_out, weight.N))
 
 
 def conv1d_backward_cuda(
@@ -118,7 +123,7 @@ def conv1d_backward_cuda(
     dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias)
     if not needs_x:
         return grad_y.new_empty(0), dbias
-    capability, _ = device_properties(grad_y.device)
+    capability, *_ = device_properties(grad_y.device)
     kernel = choose_kernel(B * T_out, geometry, weight.is_depthwise, None, dz.dtype, capability)
     dz = dz.view(B, T_out, weight.N)
     if kernel == "dequant_cudnn":
@@ -128,13 +133,7 @@ def conv1d_backward_cuda(
         depthwise_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
     else:
         implicit_gemm_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
-    return dx.transpose(1, 2), dbias
-
-
-def _channel_last(x: Tensor) -> Tensor:
-    """x [B, C, T] as [B, T, C] with adjacent channels, copied only where they are not."""
-    x = x.transpose(1, 2)
-    return x if x.stride(2) == 1 else x.contiguous()
+    return channel_first(dx), dbias
 
 
 def _matmul(
@@ -147,6 +146,7 @@ def _matmul(
     epilogue: str | None,
     want_preactivation: bool,
     num_sms: int,
+    shared_bytes: int,
 ) -> Outputs:
     """A dense convolution as a matmul over windows [B, T_out, taps * C] that overlap in memory."""
     (B, T, C), dtype, k, x_scale = x.shape, x.dtype, geometry.kernel_size, None
@@ -158,7 +158,9 @@ def _matmul(
         x = copy_frames_triton(x, lengths, geometry, pad=True)
     windows = x.as_strided((B, T_out, k * C), (x.stride(0), geometry.stride * C, 1))
     residual = None if residual is None else residual.flatten(0, 1)
-    config = choose_config(max(B * T_out, 1), weight.N, weight.K, weight.spec.bits, num_sms)
+    config = choose_config(
+        max(B * T_out, 1), weight.N, weight.K, weight.spec.bits, x.itemsize, num_sms, shared_bytes
+    )
     return linear_triton(
         windows, weight, bias, residual, epilogue, config,
         x_scale=x_scale, dtype=dtype, want_preactivation=want_preactivation,
@@ -229,8 +231,8 @@ def _dequant_cudnn_dx(
     # the transposed convolution starts in the padding and may stop before the last input frame
     dx = F.pad(dx, (-geometry.left, T + geometry.left - dx.shape[2]))
     whole = Geometry(1)
-    dx = copy_frames_triton(_channel_last(dx), lengths, whole, pad=False)
-    return dx.transpose(1, 2)
+    dx = copy_frames_triton(channel_last(dx), lengths, whole, pad=False)
+    return channel_first(dx)
 
 
 def _finish(z: Tensor, residual: Tensor | None, epilogue: str | None) -> Tensor:

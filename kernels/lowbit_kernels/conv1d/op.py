@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit_kernels.conv1d.checks import check_geometry, check_tensors
 from lowbit_kernels.conv1d.geometry import Geometry, Padding
+from lowbit_kernels.conv1d.layout import channel_first, empty_channel_last
 from lowbit_kernels.conv1d.reference import (
     conv1d_backward_reference,
     conv1d_reference,
@@ -57,18 +58,6 @@ def _weight(
     """The weight whose tensors travelled through the op's flat schema."""
     spec = _spec(bits, group_size, zero_point is None, inputs, input_scale is not None)
     return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
-
-
-def empty_channel_last(x: Tensor, B: int, N: int, T: int) -> Tensor:
-    """Uninitialized [B, N, T] in memory order [B, T, N], dtype and device of x."""
-    return x.new_empty(B, T, N).transpose(1, 2)
-
-
-def _channel_last(y: Tensor) -> Tensor:
-    """y [B, N, T] in memory order [B, T, N], copied only where it is not."""
-    y = y.transpose(1, 2).contiguous().transpose(1, 2)
-    # not a view: autograd lets nobody write into a view that an op returned
-    return y.new_empty(0).set_(y)
 
 
 def _unpack_forward(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -120,19 +109,19 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
 def _cpu(*args: Any) -> Tensor:
     x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
     y = conv1d_reference(x, weight, bias, geometry, epilogue, residual, lengths)
-    return _channel_last(y)
+    return channel_first(y.transpose(1, 2))
 
 
 @torch.library.register_kernel("lowbit::conv1d_train", "cpu")
 def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
-    z = _channel_last(conv1d_reference(x, weight, bias, geometry, lengths=lengths))
-    y = apply_epilogue(z.transpose(1, 2), epilogue).transpose(1, 2)
+    z = conv1d_reference(x, weight, bias, geometry, lengths=lengths).transpose(1, 2).contiguous()
+    y = apply_epilogue(z, epilogue)
     if residual is not None:
-        y = y + residual
+        y = y + residual.transpose(1, 2)
     elif epilogue is None:  # the two outputs would be one tensor, which an op must not return
         y = y.clone()
-    return _channel_last(y), z
+    return channel_first(y), channel_first(z)
 
 
 @torch.library.register_kernel("lowbit::conv1d_backward", "cpu")
@@ -144,7 +133,8 @@ def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
         grad_y, preactivation, weight, geometry, T, epilogue, lengths
     )
     empty = grad_y.new_empty(0)
-    return _channel_last(dx) if needs_x else empty, dbias if needs_bias else empty
+    dx = channel_first(dx.transpose(1, 2)) if needs_x else empty
+    return dx, dbias if needs_bias else empty
 
 
 @torch.library.register_kernel("lowbit::conv1d", "cuda")
@@ -164,6 +154,7 @@ def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
 
     with torch.cuda.device(args[0].device):
         y, preactivation = conv1d_cuda(*_unpack_forward(args), want_preactivation=True)
+    assert preactivation is not None, "it was asked for"
     return y, preactivation
 
 

@@ -20,10 +20,14 @@ from lowbit_kernels.matmul.reference import input_scale_rows
 
 
 @functools.cache
-def _device(index: int) -> tuple[tuple[int, int], int]:
-    """Capability and number of multiprocessors."""
+def _device(index: int) -> tuple[tuple[int, int], int, int]:
+    """Capability, multiprocessors, and shared memory of one program."""
     properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    # AMD's properties lack the second limit: every program may use all of it
+    shared = getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    )
+    return (properties.major, properties.minor), properties.multi_processor_count, shared
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ def linear_cuda(
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs [..., N_out] and, if wanted, pre-activations [..., N]. See ``low_bit_linear``."""
     rows, batch = as_rows(x), x.shape[:-1]
-    capability, num_sms = _device(x.device.index)
+    capability, num_sms, shared_bytes = _device(x.device.index)
     M = rows.shape[0] * rows.shape[1]
     spec = weight.spec
     if choose_backend(M, spec.inputs, x.dtype, capability) == "dequant_cublas":
@@ -61,7 +65,9 @@ def linear_cuda(
             if spec.input_scale != "token":
                 x_scale = input_scale_rows(x, spec.input_scale, weight.input_scale)
             rows, x_scale = quantize_rows_triton(rows, x_scale)
-        config = choose_config(max(M, 1), weight.N, weight.K, spec.bits, num_sms)
+        config = choose_config(
+            max(M, 1), weight.N, weight.K, spec.bits, rows.itemsize, num_sms, shared_bytes
+        )
         y, z = linear_triton(
             rows, weight, bias, _matrix(residual), epilogue, config,
             x_scale=x_scale, dtype=x.dtype, want_preactivation=want_preactivation,
@@ -98,7 +104,7 @@ def linear_backward_cuda(
     dy, z = _matrix(grad_y), _matrix(preactivation)
     assert dy is not None
     dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias_grad)
-    capability, _ = _device(grad_y.device.index)
+    capability, *_ = _device(grad_y.device.index)
     if choose_backend(dz.shape[0], None, dz.dtype, capability) == "dequant_cublas":
         dx = dz @ dequantize_triton(weight, dz.dtype)
     else:

@@ -66,8 +66,8 @@ def choose_backend(
     return "fused"
 
 
-# rows up to, tile; wgmma wants 64 features and 4 warps or a multiple, and any number of rows
-# from 16 on. Sized for 99 KB of shared memory, so that every supported GPU takes them.
+# rows up to, tile: wgmma wants 64 features, 4 warps or a multiple, and 16 rows or more; few rows
+# mean few programs, so small tiles share them among more multiprocessors
 _TILES = (
     (16, LinearConfig(block_n=64, block_m=16, num_stages=4)),
     (64, LinearConfig(block_n=64, block_m=64, num_stages=4)),
@@ -76,7 +76,9 @@ _TILES = (
 _LARGEST = LinearConfig(block_n=128, block_m=128, num_warps=8, num_stages=3)
 
 
-def choose_config(M: int, N: int, K: int, bits: int, num_sms: int) -> LinearConfig:
+def choose_config(
+    M: int, N: int, K: int, bits: int, itemsize: int, num_sms: int, shared_bytes: int
+) -> LinearConfig:
     """Tiles of the fused kernel for a shape.
 
     Args:
@@ -84,17 +86,29 @@ def choose_config(M: int, N: int, K: int, bits: int, num_sms: int) -> LinearConf
         N: output features.
         K: input features.
         bits: bits a weight.
+        itemsize: bytes an element of the input, 1 for int8.
         num_sms: multiprocessors of the device.
+        shared_bytes: shared memory that one program may use.
     """
     config = next((config for limit, config in _TILES if limit >= M), _LARGEST)
     if bits == 8:
         # nothing to unpack: longer steps cost no registers
         config = replace(config, block_bytes=64)
-    if bits == 1:
-        # a step is 256 columns of x: three of them leave 99 KB
-        config = replace(config, num_stages=2)
+    # below 4 bits a step is a long run of x
+    while _shared_bytes(config, bits, itemsize) > shared_bytes:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, block_m=config.block_m // 2)
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
     steps = -(-K * bits // (8 * config.block_bytes))
     # a part has at least 4 steps, so that its loads overlap its arithmetic
     splits = max(1, min(num_sms // tiles, steps // 4, 8))
     return replace(config, splits=splits)
+
+
+def _shared_bytes(config: LinearConfig, bits: int, itemsize: int) -> int:
+    """An upper bound: every stage holds its packed bytes and its part of x."""
+    columns = config.block_bytes * 8 // bits
+    step = config.block_n * config.block_bytes + config.block_m * columns * itemsize
+    return config.num_stages * step

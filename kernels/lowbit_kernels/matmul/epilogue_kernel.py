@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 
-
 @triton.jit
 def _normal_tail(z):
     # 1 - cdf(|z|) of a Gaussian, z fp32. erfc(a) = t * exp(polynomial(t) - a * a) with

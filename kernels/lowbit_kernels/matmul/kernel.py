@@ -58,7 +58,11 @@ def _linear_kernel(
     for block in range(first, last):
         if BITS == 8:
             # only 8-bit blocks may be longer than the 32 bytes that rows are padded to
-            q = tl.load(q_ptrs + block * BLOCK_BYTES, mask=(block * BLOCK_BYTES + offs_j < K)[None, :], other=0)
+            q = tl.load(
+                q_ptrs + block * BLOCK_BYTES,
+                mask=(block * BLOCK_BYTES + offs_j < K)[None, :],
+                other=0,
+            )
         else:
             q = tl.load(q_ptrs + block * BLOCK_BYTES)
         for u in tl.static_range(SLICES):
@@ -93,7 +97,11 @@ def _linear_kernel(
             z += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
         mask_m = (offs_m < M)[None, :]
         if z_ptr is not None:
-            tl.store(z_ptr + rows[None, :] * N + offs_n[:, None], z.to(z_ptr.dtype.element_ty), mask=mask_m)
+            tl.store(
+                z_ptr + rows[None, :] * N + offs_n[:, None],
+                z.to(z_ptr.dtype.element_ty),
+                mask=mask_m,
+            )
         if IS_GLU:
             pairs = z.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
             value, gate = pairs.split()
@@ -155,8 +163,10 @@ def linear_triton(
     )
     blocks = triton.cdiv(K, config.block_bytes * 8 // spec.bits)
     # a part of the sum holds values and gates side by side, so its tiles are those of a plain layer
-    tiles_n = triton.cdiv(N, config.block_n) if is_split or epilogue != "glu" else (
-        triton.cdiv(N_out, config.block_n // 2)
+    tiles_n = (
+        triton.cdiv(N, config.block_n)
+        if is_split or epilogue != "glu"
+        else (triton.cdiv(N_out, config.block_n // 2))
     )
     _linear_kernel[(tiles_n * triton.cdiv(M, config.block_m), config.splits)](
         x_btk, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, x_scale,

@@ -47,10 +47,10 @@ def _step(
 ):  # fmt: skip
     x = _load_frame(x_ptr, frame, limit, offs_c, mask_c, stride_xt, UPSAMPLE, ACC)
     w = tl.load(level_ptr + tap * C + offs_c, mask=mask_c, other=0).to(ACC)
-    window += (x,)
+    window += (x,)  # type: ignore[assignment]
     updated = ()
     for i in tl.static_range(WINDOW):
-        updated += (acc[i] + window[i] * w,)
+        updated += (acc[i] + window[i] * w,)  # type: ignore[assignment]
     return updated, window[1:]
 
 
@@ -66,7 +66,7 @@ def _add_phase(
     window = ()
     for i in tl.static_range(WINDOW - 1):
         x = _load_frame(x_ptr, first + LEAP * i, limit, offs_c, mask_c, stride_xt, UPSAMPLE, ACC)
-        window += (x,)
+        window += (x,)  # type: ignore[assignment]
     for start in range(0, whole, WINDOW):
         for j in tl.static_range(WINDOW):
             tap = PHASE + TAP_STEP * (start + j)
@@ -106,7 +106,7 @@ def _depthwise_conv1d_kernel(
 
     acc = ()
     for _ in tl.static_range(WINDOW):
-        acc += (tl.zeros((BLOCK_C,), dtype=ACC),)
+        acc += (tl.zeros((BLOCK_C,), dtype=ACC),)  # type: ignore[assignment]
     for phase in tl.static_range(TAP_STEP):
         acc = _add_phase(
             acc, x_ptr, level_ptr, base * STRIDE + phase * DILATION - left, limit,

@@ -7,12 +7,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from lowbit_kernels.conv1d.geometry import Geometry
 from lowbit_kernels.matmul.reference import INT8_MAX, MIN_INPUT_SCALE
 
-PARTS = 128
+MAX_PARTS = 128
 BLOCK_T, BLOCK_C = 16, 128
 
 
@@ -70,8 +69,10 @@ def _copy_frames_kernel(
             parts = tl.load(part_ptr + batch * PARTS + tl.arange(0, PARTS))
             scale = tl.maximum(tl.div_rn(tl.max(parts), INT8_MAX), MIN_SCALE)
         tl.store(scale_ptr + batch, scale)  # every program of an utterance stores the same
-        q = libdevice.rint(x.to(tl.float32) * tl.div_rn(1.0, scale))
-        x = tl.minimum(tl.maximum(q, -INT8_MAX), INT8_MAX)
+        q = x.to(tl.float32) * tl.div_rn(1.0, scale)
+        q = tl.minimum(tl.maximum(q, -INT8_MAX), INT8_MAX)
+        # 1.5 * 2 ** 23: the sum has no bits left for a fraction, and rounds half to even
+        x = (q + 12582912.0) - 12582912.0
     rows = (batch.to(tl.int64) * T_padded + offs_t) * C
     mask = (offs_t < T_padded)[:, None] & (offs_c < C)[None, :]
     tl.store(out_ptr + rows[:, None] + offs_c[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -103,12 +104,13 @@ def quantize_frames_triton(
     left, T_padded = _padding(x, geometry, pad)
     part = None
     if static_scale is None:
-        part = torch.empty(B, PARTS, device=device)
+        parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(T, BLOCK_T)))
+        part = torch.empty(B, parts, device=device)
         if B:
-            _largest_magnitude_kernel[(B, PARTS)](
+            _largest_magnitude_kernel[(B, parts)](
                 x, lengths, part,
                 T, C, x.stride(0), x.stride(1),
-                PARTS=PARTS, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
+                PARTS=parts, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
             )  # fmt: skip
     out = torch.empty(B, T_padded, C, dtype=torch.int8, device=device)
     scale = torch.empty(B, device=device)
@@ -140,6 +142,6 @@ def _launch_copy(
     _copy_frames_kernel[(B * tiles_t, triton.cdiv(C, BLOCK_C))](
         x, part, static_scale, lengths, out, scale,
         x.shape[1], T_padded, C, left, tiles_t, x.stride(0), x.stride(1),
-        PARTS=PARTS, INT8_MAX=float(INT8_MAX), MIN_SCALE=MIN_INPUT_SCALE,
+        PARTS=1 if part is None else part.shape[1], INT8_MAX=float(INT8_MAX), MIN_SCALE=MIN_INPUT_SCALE,
         BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
     )  # fmt: skip

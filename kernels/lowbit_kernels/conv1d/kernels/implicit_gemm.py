@@ -18,6 +18,8 @@ from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_levels
 from lowbit_kernels.matmul.epilogue_kernel import activate
 
 BLOCK_N = 64
+# a step unpacks 32 bytes a row, so the fewer the bits the longer its run of x: 16 KB each
+BLOCK_T = {8: 128, 4: 128, 2: 64, 1: 32}
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def _implicit_gemm_conv1d_kernel(
     x_ptr += batch.to(tl.int64) * stride_xb + first.to(tl.int64) * stride_xt + group * C_GROUP
 
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    SUM: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    SUM: tl.constexpr = tl.int32 if input_scale_ptr is not None else tl.float32
     SLICES: tl.constexpr = 8 // BITS
     acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=SUM)
     for block in range(0, tl.cdiv(K, 32 * SLICES)):
@@ -130,7 +132,7 @@ def implicit_gemm_conv1d_triton(
     (B, T_out, N), spec, groups = y.shape, weight.spec, geometry.groups
     if y.numel() == 0:
         return
-    block_t = 64 if B * T_out <= 1024 else 128
+    block_t = BLOCK_T[spec.bits]
     tiles_t = triton.cdiv(T_out, block_t)
     _implicit_gemm_conv1d_kernel[(B * tiles_t * triton.cdiv(N // groups, BLOCK_N), groups)](
         x, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, input_scale,

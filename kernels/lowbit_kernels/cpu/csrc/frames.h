@@ -43,13 +43,16 @@ struct Depthwise {
 
 constexpr int DEPTHWISE_ROWS = 8;
 
+// frames that whole tiles of outputs read, padding included
+static inline int64_t depthwise_frames(const Depthwise& p) {
+  return (p.out_frames + DEPTHWISE_ROWS - 1) * p.stride + (p.taps - 1) * p.dilation + 1;
+}
+
 // channels [c, c + 16); buffer [padded, 16] holds their frames, quantized where the input is int8:
 // integers in float, whose sums stay below 2^24 and are therefore exact
 static void depthwise_vector(const Depthwise& p, int64_t c, float* buffer) {
   int count = lanes_left(p.channels - c);
-  int64_t span = (p.taps - 1) * p.dilation + 1;
-  int64_t padded = (p.out_frames + DEPTHWISE_ROWS - 1) * p.stride + span;
-  for (int64_t i = 0; i < padded; i++) {
+  for (int64_t i = 0, frames = depthwise_frames(p); i < frames; i++) {
     int64_t t = i - p.padding;
     vfloat v = {};
     if (t >= 0 && t < p.valid) v = load_some(p.x + t * p.x_stride + c, count);

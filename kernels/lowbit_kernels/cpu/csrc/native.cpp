@@ -1,4 +1,5 @@
 // The functions that Python calls through ctypes; one translation unit.
+#include <omp.h>
 #include <stdlib.h>
 
 #include "frames.h"
@@ -78,19 +79,12 @@ extern "C" void quantize_frames(const float* x, int64_t x_stride, int64_t frames
 
 extern "C" int depthwise(const Depthwise* args) {
   const Depthwise& p = *args;
-  int64_t span = (p.taps - 1) * p.dilation + 1;
-  int64_t padded = (p.out_frames + DEPTHWISE_ROWS - 1) * p.stride + span;
-  int failed = 0;
-#pragma omp parallel num_threads(p.threads)
-  {
-    float* buffer = (float*)aligned_alloc(64, padded * LANES * 4);
-    if (!buffer)
-      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-    else {
-#pragma omp for schedule(dynamic)
-      for (int64_t c = 0; c < p.channels; c += LANES) depthwise_vector(p, c, buffer);
-    }
-    free(buffer);
-  }
-  return failed;
+  int64_t size = depthwise_frames(p) * LANES;
+  float* buffers = (float*)aligned_alloc(64, p.threads * size * 4);
+  if (!buffers) return 1;
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads)
+  for (int64_t c = 0; c < p.channels; c += LANES)
+    depthwise_vector(p, c, buffers + omp_get_thread_num() * size);
+  free(buffers);
+  return 0;
 }

@@ -1,0 +1,129 @@
+"""``lowbit quantize``: a float checkpoint to a low-bit one that transformers loads."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from lowbit_kernels.cli.errors import CommandError
+from lowbit_kernels.cli.load import (
+    find_device,
+    is_quantized,
+    load_processor,
+    load_speech,
+    quiet_transformers,
+)
+from lowbit_kernels.cli.output import note
+from lowbit_kernels.conversion import QuantizationReport, dequantize, quantize
+from lowbit_kernels.formats import QuantConfig, QuantSpec
+from lowbit_kernels.formats.spec import GroupSize
+from lowbit_kernels.integrations.processor import prepare_processor
+
+_PRESETS = {"small": QuantConfig.small, "fast": QuantConfig.fast}
+
+
+def make_config(
+    preset: str, bits: int | None, group_size: str | None, inputs: str | None
+) -> QuantConfig:
+    """A preset with the parts that the user names replaced.
+
+    Args:
+        preset: ``"small"`` or ``"fast"``.
+        bits: bits a weight; ``None`` as the preset.
+        group_size: a number, ``"channel"`` or ``"tensor"``; ``None`` as the preset.
+        inputs: ``"int8"`` or ``"float"``; ``None`` as the preset.
+
+    Raises:
+        CommandError: for a word that is none of these.
+        ValueError: for values that no format has.
+    """
+    if preset not in _PRESETS:
+        raise CommandError(f"--preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
+    if inputs not in (None, "int8", "float"):
+        raise CommandError(f"--inputs must be int8 or float, got {inputs!r}")
+    base = _PRESETS[preset](4 if bits is None else bits).default
+    kind = base.inputs if inputs is None else {"int8": "int8", "float": None}[inputs]
+    size: GroupSize = "auto" if group_size is None else _group_size(group_size)
+    return QuantConfig(QuantSpec(base.bits, size, inputs=kind))
+
+
+def _group_size(text: str) -> GroupSize:
+    if text == "channel":
+        return None
+    if text == "tensor":
+        return "tensor"
+    if not text.isdecimal():
+        raise CommandError(f"--group-size must be a number, channel or tensor, got {text!r}")
+    return int(text)
+
+
+def quantize_checkpoint(
+    source: str, out: Path | None, config: QuantConfig, method: str, *, force: bool
+) -> QuantizationReport:
+    """Quantize a checkpoint and save it, with its processor, as a folder of transformers.
+
+    Args:
+        source: a hub id, a folder of transformers, or a low-bit checkpoint.
+        out: the new folder, which appears only when it is complete; ``None`` only reports.
+        config: which layer gets what.
+        method: how weights are rounded.
+        force: replace a checkpoint that is at ``out``.
+
+    Raises:
+        CommandError: if ``source`` cannot be loaded, nothing in it can be quantized, or ``out`` is
+            taken.
+        ValueError: for a weight that is not finite.
+        OSError: if the disk refuses; what was at ``out`` is still there.
+    """
+    if out is not None:
+        _check_free(out, force)
+    model = load_speech(source, find_device("cpu")).model
+    if is_quantized(source):
+        note(f"note: {source} is low-bit already, so weights that were rounded are rounded again")
+        dequantize(model)
+    report = quantize(model, config, method=method, dry_run=out is None)
+    if out is None:
+        return report
+    if not report.quantized:
+        raise CommandError(f"{source}: {'; '.join(report.notes)}, so nothing was saved")
+    processor = load_processor(source)
+    if processor is None:
+        note(f"note: {source} has no processor, so transcribe and encode cannot use the result")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+            if processor is not None:
+                prepare_processor(processor).save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp lets nobody else read it
+        _move(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.is_file():
+        raise CommandError(f"{out} is a file; OUT must be a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not force:
+        raise CommandError(f"{out} exists; --force replaces it")
+    if not any((out / name).exists() for name in ("config.json", "lowbit.json")):
+        raise CommandError(f"{out} exists and is not a checkpoint, so --force does not replace it")
+
+
+def _move(new: Path, out: Path) -> None:
+    """Put a folder in another's place; at every moment one of the two is whole on the disk."""
+    if not out.exists():
+        os.replace(new, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    os.replace(out, old)
+    try:
+        os.replace(new, out)
+    except BaseException:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old)

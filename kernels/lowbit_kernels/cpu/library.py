@@ -1,0 +1,160 @@
+"""Our CPU kernels: compiled by the machine's C++ compiler on first use, kept in a cache, called by ctypes.
+
+They are needed for speed alone. Without a compiler every function has a slower path through oneDNN
+and PyTorch's own operators, and one warning says so.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+COMPILERS = ("c++", "g++", "clang++")
+# a compiler that takes longer hangs
+COMPILE_SECONDS = 120
+
+
+class Matmul(ctypes.Structure):
+    """``struct Matmul`` of csrc/matmul.h, field by field."""
+
+    _fields_ = (
+        ("M", c_int64), ("N", c_int64), ("K", c_int64), ("groups", c_int64),
+        ("a", c_void_p), ("a_stride", c_int64), ("a_group_stride", c_int64),
+        ("row_scale", c_void_p), ("column_scale", c_void_p),
+        ("scale", c_float), ("activation", c_int32),
+        ("bias", c_void_p), ("residual", c_void_p), ("residual_stride", c_int64),
+        ("out", c_void_p), ("out_stride", c_int64), ("largest", c_void_p), ("threads", c_int64),
+    )  # fmt: skip
+
+
+class PackedWeight(ctypes.Structure):
+    """``struct PackedWeight`` of csrc/weight.h."""
+
+    _fields_ = (
+        ("bytes", c_void_p), ("pitch", c_int64), ("bits", c_int64), ("asymmetric", c_int64),
+        ("group_size", c_int64), ("scale_groups", c_int64),
+        ("multiplier", c_void_p), ("zero", c_void_p),
+    )  # fmt: skip
+
+
+class Depthwise(ctypes.Structure):
+    """``struct Depthwise`` of csrc/frames.h."""
+
+    _fields_ = (
+        ("frames", c_int64), ("valid", c_int64), ("channels", c_int64), ("out_frames", c_int64),
+        ("taps", c_int64), ("stride", c_int64), ("padding", c_int64), ("dilation", c_int64),
+        ("x", c_void_p), ("x_stride", c_int64), ("input_scale", c_void_p),
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
+        ("residual", c_void_p), ("residual_stride", c_int64), ("activation", c_int32),
+        ("out", c_void_p), ("out_stride", c_int64), ("threads", c_int64),
+    )  # fmt: skip
+
+
+SIGNATURES = {
+    "has_int8_matmul": (),
+    "matmul_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
+    "matmul_float": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
+    "quantize_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+    "shared_scale": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64),
+    "quantize_frames": (
+        c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
+        c_void_p, c_void_p, c_int64,
+    ),
+    "depthwise": (ctypes.POINTER(Depthwise),),
+}  # fmt: skip
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """A tensor's address for ctypes; None stays a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def native() -> ctypes.CDLL | None:
+    """The compiled kernels, or None, after one warning, where they cannot be had."""
+    library, reason = _load()
+    if library is None:
+        _warn_once(reason)
+    return library
+
+
+def native_int8() -> ctypes.CDLL | None:
+    """The compiled kernels where the processor has AVX512-VNNI; else None, and oneDNN serves."""
+    library = native()
+    return library if library is not None and library.has_int8_matmul() else None
+
+
+def cpu_backend() -> str:
+    """What runs the CPU operators on this machine, in words, for reports."""
+    library, reason = _load()
+    if library is None:
+        return f"oneDNN and PyTorch operators ({reason})"
+    return "native, int8 by " + ("AVX512-VNNI" if library.has_int8_matmul() else "oneDNN")
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        return None, f"no C++ compiler: none of $CXX, {', '.join(COMPILERS)}"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} failed: {error.stderr.strip().splitlines()[:1]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"{compiler}: {error}"
+    for name, arguments in SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library, ""
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library for these sources, this compiler and this processor."""
+    sources = sorted(SOURCES.iterdir())
+    key = hashlib.sha256()
+    for part in (compiler, *FLAGS, str(torch.cpu.get_capabilities())):
+        key.update(part.encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    folder = _cache_folder()
+    path = folder / f"native-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / "native.so"
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCES / "native.cpp"), "-o", str(built)],
+                check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS,
+            )  # fmt: skip
+            # renamed whole, so that a second process never loads half a file
+            os.replace(built, path)
+    return path
+
+
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept; only its owner may write there, since we run what it holds."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "lowbit_kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} must belong to this user and be writable by nobody else")
+    return folder
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"lowbit_kernels runs its slower CPU path, through oneDNN and PyTorch: {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

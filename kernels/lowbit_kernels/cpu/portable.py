@@ -1,0 +1,67 @@
+"""The same arithmetic in PyTorch's own operators: where our kernels cannot be compiled, and in fp64.
+
+Dimension key: M rows, N output channels, K the reduction, T frames, C channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit_kernels.cpu.resident import ZERO_POINT, Resident
+
+INT8_MAX = 127
+# products of this many int8 pairs sum to less than 2^24, exactly, in fp32
+EXACT_K = 1024
+
+
+def has_exact_onednn() -> bool:
+    """Whether oneDNN's uint8 x int8 products are exact: without VNNI they saturate at 16 bits."""
+    return bool(torch.cpu._is_vnni_supported()) and torch.backends.mkldnn.is_available()
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """The int8 scale of a largest magnitude, fp32; 1 where everything is zero."""
+    largest = largest.float()
+    return torch.where(largest == 0, 1.0, largest / INT8_MAX)
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale to the nearest integer in [-127, 127], in the dtype of x."""
+    return (x / scale).round().clamp(-INT8_MAX, INT8_MAX)
+
+
+def activate(y: Tensor, epilogue: str | None) -> Tensor:
+    """Apply an epilogue."""
+    if epilogue is None:
+        return y
+    if epilogue == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    functions = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "glu": F.glu}
+    return functions[epilogue](y)
+
+
+def matmul_int8(q: Tensor, resident: Resident, group: int, N: int) -> Tensor:
+    """Exact integer product of one group.
+
+    Args:
+        q: [M, K], uint8 with zero point 128.
+        resident: the weight, in layout ``"onednn"`` or ``"float"``.
+        group: which group of it.
+        N: channels of a group.
+
+    Returns:
+        [M, N] fp32 of exact int32 sums.
+    """
+    if resident.layout == "onednn":
+        ones = torch.ones(N)
+        zeros = torch.zeros(N, dtype=torch.int32)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            q.contiguous(), 1.0, ZERO_POINT, resident.tensors[group], ones, zeros, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y
+    w, x = resident.tensors[0][group * N : (group + 1) * N], q.float() - ZERO_POINT
+    total = torch.zeros(q.shape[0], N, dtype=torch.int32)
+    for k in range(0, q.shape[1], EXACT_K):
+        total += (x[:, k : k + EXACT_K] @ w[:, k : k + EXACT_K].t()).to(torch.int32)
+    return total.float()

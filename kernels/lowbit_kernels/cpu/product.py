@@ -1,0 +1,189 @@
+"""Rows times a quantized weight, with everything that follows the sum: what every CPU layer runs on.
+
+Dimension key: M rows, K the reduction and N output channels, both of one group; G groups.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit_kernels.cpu import library as lib
+from lowbit_kernels.cpu import portable
+from lowbit_kernels.cpu.resident import resident_int8
+from lowbit_kernels.formats import QuantizedWeight
+
+ACTIVATIONS = {None: 0, "glu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+INPUTS = (None, "int8")
+# rows of weight that the PyTorch path unpacks at a time
+BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The left operand: G x M rows of K elements inside a flat tensor; rows may overlap.
+
+    Args:
+        data: contiguous; uint8 with zero point 128, or floating point.
+        M: rows.
+        K: elements of a row, contiguous.
+        stride: elements from a row to the next.
+        groups: independent products.
+        group_stride: elements from a group to the next.
+    """
+
+    data: Tensor
+    M: int
+    K: int
+    stride: int
+    groups: int = 1
+    group_stride: int = 0
+
+    def of_group(self, group: int) -> Tensor:
+        """View [M, K] of one group."""
+        offset = self.data.storage_offset() + group * self.group_stride
+        return self.data.as_strided((self.M, self.K), (self.stride, 1), offset)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What follows the sum: y = epilogue(sum * scales + bias) + residual.
+
+    Args:
+        bias: [G * N] or None.
+        epilogue: None, "gelu", "gelu_tanh", "silu", "relu" or "glu".
+        residual: [M, width of y] or None.
+    """
+
+    bias: Tensor | None
+    epilogue: str | None
+    residual: Tensor | None
+
+
+def check_inputs(weight: QuantizedWeight) -> None:
+    """Raise NotImplementedError for inputs that no CPU kernel quantizes to."""
+    if weight.spec.inputs not in INPUTS:
+        raise NotImplementedError(
+            f"the CPU serves inputs {INPUTS}, got inputs={weight.spec.inputs!r}"
+        )
+
+
+def multiply(
+    rows: Rows,
+    weight: QuantizedWeight,
+    input_scale: Tensor | None,
+    finish: Finish,
+    wide: torch.dtype,
+) -> Tensor:
+    """epilogue(rows @ W.T + bias) + residual.
+
+    Args:
+        rows: the input; uint8 where ``input_scale`` is given.
+        weight: [G * N, K].
+        input_scale: [M, 1] or [], fp32; None for a float input.
+        finish: what follows the sum.
+        wide: fp32 or fp64, the dtype of everything past the sum.
+
+    Returns:
+        [M, G * N], or half as wide for ``glu``, in ``wide``.
+    """
+    if finish.epilogue == "glu":
+        inner = Finish(finish.bias, None, None)
+        y = F.glu(multiply(rows, weight, input_scale, inner, wide))
+        return y if finish.residual is None else y.add_(finish.residual)
+    finish = Finish(
+        None if finish.bias is None else finish.bias.to(wide).contiguous(),
+        finish.epilogue,
+        None if finish.residual is None else finish.residual.to(wide).contiguous(),
+    )
+    library = None
+    if wide == torch.float32:
+        library = lib.native() if input_scale is None else lib.native_int8()
+    if library is not None:
+        return _native(library, rows, weight, input_scale, finish)
+    total = torch.empty(rows.M, weight.N, dtype=wide)
+    if input_scale is None:
+        _float_sums(rows, weight, total)
+    else:
+        _int8_sums(rows, weight, total)
+        total.mul_(weight.scale.to(wide)).mul_(input_scale.to(wide))
+    if finish.bias is not None:
+        total.add_(finish.bias)
+    y = portable.activate(total, finish.epilogue)
+    return y if finish.residual is None else y.add_(finish.residual)
+
+
+def _native(
+    library: lib.ctypes.CDLL, rows: Rows, weight: QuantizedWeight, input_scale: Tensor | None,
+    finish: Finish,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(rows.M, weight.N)
+    shared = input_scale is not None and input_scale.numel() == 1
+    row_scale = None if shared else input_scale
+    column_scale = weight.scale if weight.spec.symmetric else None
+    arguments = lib.Matmul(
+        M=rows.M, N=weight.N // rows.groups, K=rows.K, groups=rows.groups,
+        a=lib.pointer(rows.data), a_stride=rows.stride, a_group_stride=rows.group_stride,
+        row_scale=lib.pointer(row_scale), column_scale=lib.pointer(column_scale),
+        scale=float(input_scale) if shared else 1.0,
+        activation=ACTIVATIONS[finish.epilogue],
+        bias=lib.pointer(finish.bias), residual=lib.pointer(finish.residual),
+        residual_stride=weight.N, out=lib.pointer(out), out_stride=weight.N,
+        largest=None, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if input_scale is None:
+        _native_float(library, arguments, weight)
+    else:
+        resident = resident_int8(weight, "native", rows.groups)
+        library.matmul_int8(
+            arguments, lib.pointer(resident.tensors[0]), lib.pointer(resident.start)
+        )
+    return out
+
+
+def _native_float(library: lib.ctypes.CDLL, arguments: lib.Matmul, weight: QuantizedWeight) -> None:
+    asymmetric = weight.zero_point is not None
+    multiplier = weight.scale if asymmetric else weight.group_scale
+    multiplier = None if multiplier is None else multiplier.float()
+    zero = None if weight.zero_point is None else weight.zero_point.float()
+    qweight = weight.qweight.contiguous()
+    packed = lib.PackedWeight(
+        bytes=lib.pointer(qweight), pitch=qweight.shape[1], bits=weight.spec.bits,
+        asymmetric=asymmetric, group_size=weight.spec.group,
+        scale_groups=0 if multiplier is None else multiplier.shape[1],
+        multiplier=lib.pointer(multiplier), zero=lib.pointer(zero),
+    )  # fmt: skip
+    if library.matmul_float(arguments, packed):
+        raise MemoryError("no memory for a block of unpacked weights")
+
+
+def _int8_sums(rows: Rows, weight: QuantizedWeight, total: Tensor) -> None:
+    layout = "onednn" if portable.has_exact_onednn() else "float"
+    resident = resident_int8(weight, layout, rows.groups)
+    N = weight.N // rows.groups
+    for group in range(rows.groups):
+        sums = portable.matmul_int8(rows.of_group(group), resident, group, N)
+        total[:, group * N : (group + 1) * N] = sums
+
+
+def _float_sums(rows: Rows, weight: QuantizedWeight, total: Tensor) -> None:
+    N = weight.N // rows.groups
+    for group in range(rows.groups):
+        x = rows.of_group(group).to(total.dtype)
+        for n in range(group * N, (group + 1) * N, BLOCK_ROWS):
+            end = min(n + BLOCK_ROWS, (group + 1) * N)
+            block = _channels(weight, n, end).dequantize(total.dtype)
+            torch.matmul(x, block.t(), out=total[:, n:end])
+
+
+def _channels(weight: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
+    """Output channels [start, end) of a weight."""
+    group_scale, zero = weight.group_scale, weight.zero_point
+    return replace(
+        weight,
+        qweight=weight.qweight[start:end],
+        scale=weight.scale[start:end],
+        group_scale=None if group_scale is None else group_scale[start:end],
+        zero_point=None if zero is None else zero[start:end],
+    )
