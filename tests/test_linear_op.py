@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lowbit_kernels.formats import QuantSpec, empty_depthwise_weight, quantize_weight
-from lowbit_kernels.matmul import linear_reference, low_bit_linear
 from lowbit_kernels.matmul import cuda as cuda_linear
+from lowbit_kernels.matmul import linear_reference, low_bit_linear
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
 from lowbit_kernels.matmul.dispatch import LinearConfig, choose_backend, choose_config

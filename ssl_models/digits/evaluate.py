@@ -3,6 +3,7 @@
 Dimension key: S strings, R resamples of a bootstrap.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -149,8 +150,10 @@ def _rate(parts: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Rate:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="folder of the exported model")],
-    data: Annotated[Path, typer.Option(help="folder of the Free Spoken Digit Dataset")],
+    model: Annotated[Path, typer.Option(help="folder of the exported model", exists=True)],
+    data: Annotated[
+        Path, typer.Option(help="folder of the Free Spoken Digit Dataset", exists=True)
+    ],
     json_path: Annotated[Path, typer.Option("--json", help="where to write the result")],
     seed: Annotated[int, typer.Option(help="of the strings")] = 0,
     threads: int = 2,
@@ -163,7 +166,11 @@ def main(
     torch.set_num_threads(threads)
     network = Wav2Vec2ForCTC.from_pretrained(model, dtype=torch.float32)
     processor = Wav2Vec2Processor.from_pretrained(model)
-    result = evaluate(network, processor, fixed_strings(test_clips(load_fsdd(data)), seed))
+    try:
+        strings = fixed_strings(test_clips(load_fsdd(data)), seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    result = evaluate(network, processor, strings)
 
     rows = {name: result.rate(name) for name in TRAINING_SPEAKERS}
     rows["mean of training speakers"] = result.rate(*TRAINING_SPEAKERS)
@@ -174,6 +181,10 @@ def main(
         table.add_row(name, str(rate))
     Console().print(table)
     content = {
+        "command": "python -m ssl_models.digits.evaluate",
+        "weights_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "device": "cpu",
         "seed": seed,
         "strings": len(result.words),
         "digits": int(result.words.sum()),

@@ -22,6 +22,8 @@ def build_config(**changes: Any) -> Any:
     options: dict[str, Any] = {
         "vocab_size": len(VOCABULARY),
         "pad_token_id": VOCABULARY["<pad>"],
+        "bos_token_id": None,
+        "eos_token_id": None,
         "conv_dim": (32, 64, 128, 192),
         "conv_kernel": (10, 8, 4, 4),
         "conv_stride": (5, 4, 4, 4),

@@ -139,7 +139,9 @@ def export(model: Any, folder: Path) -> None:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="folder of the Free Spoken Digit Dataset")],
+    data: Annotated[
+        Path, typer.Option(help="folder of the Free Spoken Digit Dataset", exists=True)
+    ],
     out: Annotated[Path, typer.Option(help="folder for the state and the model")],
     steps: int = Recipe.steps,
     seed: int = Recipe.seed,
@@ -154,8 +156,11 @@ def main(
 
     torch.set_num_threads(threads)
     recipe = Recipe(steps=steps, seed=seed, bf16=bf16)
-    recorded = training_clips(load_fsdd(data))
-    spoken = synthetic_clips(out / "synthetic.npz") if synthetic else []
+    try:
+        recorded = training_clips(load_fsdd(data))
+        spoken = synthetic_clips(out / "synthetic.npz") if synthetic else []
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
     batches = StringBatches(recorded, spoken, VOCABULARY, seed=seed)
     torch.manual_seed(seed)
     model = Wav2Vec2ForCTC(build_config())

@@ -76,7 +76,7 @@ def implicit_gemm(name, c_group, bits=4, group_size=64, dtype="*bf16", int8=Fals
         signature,
         {**weight_constants, **constants},
         ("x_ptr", "qweight_ptr", "scale_ptr", "y_ptr", "residual_ptr", "bias_ptr", "stride_xb",
-         "stride_xt", "stride_qn", "N", "N_group"),
+         "stride_xt", "stride_qn", "N", "K", "N_group"),
         {"num_warps": 4, "num_stages": 3},
         "mma_s8" if int8 else "mma",
     )  # fmt: skip

@@ -88,9 +88,9 @@ class Family:
         """Whether the model transcribes by CTC."""
         return "whisper" not in self.name
 
-    def build(self) -> PreTrainedModel:
+    def build(self, seed: int = 1) -> PreTrainedModel:
         """The float model, in eval mode, without dropout; its weights' rows differ in size."""
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = self.build_float().eval()
         with torch.no_grad():
             for module in model.modules():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowbit_kernels import QuantConfig, quantize
 from lowbit_kernels.modules import QuantizedModule, folded_weight
 
-DRAWS = 6
+DRAWS = 3
 # the rule for every family: the output may err this many times as much as white noise of the same
 # power in every weight makes it err
 ALLOWED = 1.5

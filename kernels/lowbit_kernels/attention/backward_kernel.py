@@ -4,7 +4,7 @@ One program owns a tile of queries (dq and the bias's gradient), or of keys (dk 
 
 Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import torch
 import triton

@@ -4,7 +4,7 @@ Dimension key: D head dimension; M queries and N keys of a tile.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -29,12 +29,12 @@ LARGE_TILE_SHARED_BYTES = 160 * 1024
 _LARGE = {
     "forward": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     "backward_dq": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "backward_dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "backward_dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 32, 8, 2)},
 }
 # a bias's addresses, dropout's random numbers and loads of unaligned frames take the registers
 # that a large tile needs
 _SMALL = {
-    "forward": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "forward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
     "backward_dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
     "backward_dkdv": {64: (32, 64, 8, 1), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
 }
@@ -76,7 +76,8 @@ def shared_bytes(device: torch.device) -> int:
         return 99 * 1024
     if torch.version.hip is not None:
         return 64 * 1024
-    properties = torch.cuda.get_device_properties(device)
+    # torch's type stubs lack the field
+    properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
 
 

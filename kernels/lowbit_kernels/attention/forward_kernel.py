@@ -2,7 +2,7 @@
 
 Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import torch
 import triton
@@ -75,8 +75,8 @@ def _flash_attention_fwd_kernel(
         row_max = new_max
 
     is_empty = row_sum == 0.0
-    lse = tl.where(is_empty, 0.0, row_max * LN_2 + tl.log(row_sum))
     denominator = tl.where(is_empty, 1.0, row_sum)
+    lse = tl.where(is_empty, 0.0, row_max * LN_2 + tl.log(denominator))
     if seed_ptr is not None:
         denominator *= 1.0 - dropout_p
     acc = acc / denominator[:, None]

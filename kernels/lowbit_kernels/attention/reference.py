@@ -32,7 +32,7 @@ def attention_mask(
     return allowed
 
 
-def _masked_scores(
+def _attention_probs(
     q: Tensor,
     k: Tensor,
     lengths: Tensor | None,
@@ -40,13 +40,16 @@ def _masked_scores(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, H, T, T] and the mask of those that count."""
+    """The softmax of the scores, [B, H, T, T], and its denominator's logarithm, [B, H, T]."""
     allowed = attention_mask(q.shape[2], lengths, window, q.device)
     scores = (q @ k.transpose(-1, -2)) * scale
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
         allowed = allowed & (bias > -torch.inf)
-    return scores, allowed
+    # the lowest finite score, not -inf: a softmax over nothing but -inf is NaN, its gradient too
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(-1).masked_fill(~allowed, 0.0)
+    return probs, scores.logsumexp(-1).masked_fill(~allowed.any(-1), 0.0)
 
 
 def flash_attention_reference(
@@ -75,11 +78,7 @@ def flash_attention_reference(
         out: [B, H, T, D]; 0 for a query with nothing to attend to.
         lse: [B, H, T], the logarithm of the softmax's denominator; 0 for such a query.
     """
-    scores, allowed = _masked_scores(q, k, lengths, bias, window, scale)
-    # the lowest finite score, not -inf: a softmax over nothing but -inf is NaN, its gradient too
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    probs = scores.softmax(-1).masked_fill(~allowed, 0.0)
-    lse = scores.logsumexp(-1).masked_fill(~allowed.any(-1), 0.0)
+    probs, lse = _attention_probs(q, k, lengths, bias, window, scale)
     return (probs if keep is None else probs * keep.to(probs.dtype)) @ v, lse
 
 
@@ -89,14 +88,13 @@ def flash_attention_backward_reference(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
     lengths: Tensor | None,
     bias: Tensor | None,
     window: int | None,
     scale: float,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate ``flash_attention_reference``, from its outputs.
+    """Differentiate ``flash_attention_reference``.
 
     Args:
         grad_out: [B, H, T, D], the gradient of out.
@@ -104,7 +102,6 @@ def flash_attention_backward_reference(
         k: as in the forward.
         v: as in the forward.
         out: [B, H, T, D], as the forward returned it.
-        lse: [B, H, T], as the forward returned it.
         lengths: as in the forward.
         bias: as in the forward.
         window: as in the forward.
@@ -114,8 +111,7 @@ def flash_attention_backward_reference(
     Returns:
         The gradients of q, k and v, [B, H, T, D], and of the scores, [B, H, T, T].
     """
-    scores, allowed = _masked_scores(q, k, lengths, bias, window, scale)
-    probs = (scores - lse[..., None].to(scores.dtype)).exp().masked_fill(~allowed, 0.0)
+    probs, _ = _attention_probs(q, k, lengths, bias, window, scale)
     grad_probs = grad_out @ v.transpose(-1, -2)
     dropped = probs
     if keep is not None:

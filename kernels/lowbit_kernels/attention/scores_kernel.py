@@ -2,7 +2,7 @@
 
 Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -82,4 +82,4 @@ def add_bias(scores, bias_ptr, start_q, start_k, offs_q, offs_k, stride_q, strid
 def kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T):
     # a function of the position alone, so that every kernel draws the same mask
     random, _, _, _ = tl.philox(seed, offs_q * T + offs_k, bh, 0, 0)
-    return random >= (dropout_p * 4294967296.0).to(tl.uint32)
+    return tl.uint_to_uniform_float(random) >= dropout_p

@@ -221,3 +221,18 @@ def env(json: Json = False) -> None:
         output.print_json(found)
     else:
         output.results().print(env_table(found))
+
+
+@app.command(rich_help_panel="This machine")
+def demo(device: Device = None, json: Json = False) -> None:
+    """Read spoken digits in float and in low bits, and time both; under a minute."""
+    from lowbit_kernels.cli import output
+    from lowbit_kernels.cli.demo import run_demo
+    from lowbit_kernels.cli.demo_view import show_demo
+    from lowbit_kernels.cli.load import find_device
+
+    found = run_demo(find_device(device))
+    if json:
+        output.print_json(found.to_dict())
+    else:
+        show_demo(found)

@@ -1,26 +1,32 @@
 """A comparison, to read."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from lowbit_kernels.cli.compare import Comparison
 from lowbit_kernels.cli.layer_errors import LayerError
-from lowbit_kernels.cli.output import results
+from lowbit_kernels.cli.output import Outcome, results
 from lowbit_kernels.cli.words import WordErrors
 
 _WORST_LAYERS = 10
+_SHOWN_TEXTS = 10
 
 
 def show_comparison(found: Comparison) -> None:
     """Print the figures, the transcripts that differ, and the layers with the most noise."""
     console = results()
     console.print(_figures(found))
-    if (texts := _changed(found)).row_count:
-        console.print("\n[bold]Transcripts that differ[/]")
-        console.print(texts)
+    if changed := [file for file in found.files if file.get("float") != file.get("quantized")]:
+        more = f", {_SHOWN_TEXTS} of {len(changed)}" if len(changed) > _SHOWN_TEXTS else ""
+        console.print(f"\n[bold]Transcripts that differ[/]{more}")
+        console.print(_texts(changed[:_SHOWN_TEXTS]))
     if found.layers:
+        more = ", all in --json" if len(found.layers) > _WORST_LAYERS else ""
+        console.print(f"\n[bold]Noisiest of {len(found.layers)} layers[/]{more}")
         console.print(_layers(found.layers))
 
 
@@ -51,24 +57,21 @@ def _rate(errors: WordErrors) -> str:
     )
 
 
-def _changed(found: Comparison) -> Table:
+def _texts(files: Sequence[Outcome]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", overflow="fold", max_width=30)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for file in found.files:
-        if file.get("float") == file.get("quantized"):
-            continue
-        table.add_row(file["file"], "float", Text(file["float"] or "(nothing)"))
+    for file in files:
+        name = Path(file["file"]).name
+        table.add_row(name, "float", Text(file["float"] or "(nothing)"))
         table.add_row("", "low-bit", Text(file["quantized"] or "(nothing)"))
     return table
 
 
 def _layers(layers: tuple[LayerError, ...]) -> Table:
     worst = sorted(layers, key=_noise)[:_WORST_LAYERS]
-    more = len(layers) - len(worst)
-    title = f"\nNoisiest layers of {len(layers)}" + (", all in --json" if more else "")
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("layer", overflow="fold")
     table.add_column("spec")
     table.add_column("weight SQNR", justify="right")

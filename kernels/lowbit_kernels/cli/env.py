@@ -38,6 +38,12 @@ def collect_env() -> dict[str, Any]:
     }
 
 
+def describe_device(device: torch.device) -> str:
+    """One line: the device, and what computes on it."""
+    about = _cpu() if device.type == "cpu" else _gpu(device.index or 0)
+    return f"{about['name']} ({about['detail']}), {' and '.join(about['backends'])}"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -14,7 +14,7 @@ def empty_channel_last(x: Tensor, B: int, C: int, T: int) -> Tensor:
 def channel_last(x: Tensor) -> Tensor:
     """x [B, C, T] as [B, T, C] with adjacent channels, copied only where they are not."""
     x = x.transpose(1, 2)
-    return x if x.stride(2) == 1 else x.contiguous()
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def channel_first(y: Tensor) -> Tensor:

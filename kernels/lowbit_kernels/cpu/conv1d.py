@@ -1,10 +1,12 @@
 """low_bit_conv1d on a CPU, channels last: dense and strided, grouped, depthwise.
 
 Dimension key: B batch, T input frames, C input channels, G groups, M output frames, N output
-channels. A group's input is a plane [padded T, C / G], in which the taps of one output frame lie
-side by side: the convolution is a matmul over overlapping rows and copies nothing.
+channels, N_out N / 2 with ``glu`` and N without. A group's input is a plane [padded T, C / G], in
+which the taps of one output frame lie side by side: the convolution is a matmul over overlapping
+rows and copies nothing.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -13,23 +15,24 @@ from torch import Tensor
 
 from lowbit_kernels.cpu import library as lib
 from lowbit_kernels.cpu import portable
-from lowbit_kernels.cpu.linear import SLACK_BYTES
-from lowbit_kernels.cpu.product import ACTIVATIONS, Finish, Rows, check_inputs, multiply
+from lowbit_kernels.cpu.product import ACTIVATIONS, SLACK_BYTES, Finish, Rows, check, multiply
+from lowbit_kernels.cpu.resident import ZERO_POINT
 from lowbit_kernels.formats import QuantizedWeight
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Where a convolution's taps fall; padding is (left, right) in frames."""
+class Window:
+    """Which frames a tap reads; padding is (left, right)."""
 
-    stride: int = 1
-    padding: tuple[int, int] = (0, 0)
-    dilation: int = 1
-    groups: int = 1
+    taps: int
+    stride: int
+    padding: tuple[int, int]
+    dilation: int
+    groups: int
 
-    def out_frames(self, T: int, taps: int) -> int:
+    def frames_out(self, T: int) -> int:
         """Output frames of T input frames."""
-        return (T + sum(self.padding) - self.dilation * (taps - 1) - 1) // self.stride + 1
+        return (T + sum(self.padding) - self.dilation * (self.taps - 1) - 1) // self.stride + 1
 
 
 def conv1d_cpu(
@@ -39,163 +42,169 @@ def conv1d_cpu(
     residual: Tensor | None = None,
     epilogue: str | None = None,
     *,
-    geometry: Geometry,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    dilation: int = 1,
+    groups: int = 1,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """``epilogue(conv1d(x, W) + bias) + residual``, channels last.
+    """``epilogue(conv1d(x, W) + bias) + residual``, channels last, computed in fp32.
 
-    With ``inputs="int8"`` each utterance is quantized by one scale, from its valid frames, or by the
-    static one.
+    With ``inputs="int8"`` each utterance is quantized by one scale, from its valid frames, or by
+    the static one.
 
     Args:
-        x: [B, T, C], fp16, bf16, fp32 or fp64; computed in fp32 (fp64 for fp64).
+        x: [B, T, C], fp16, bf16 or fp32.
         weight: [N, taps * C / groups], or depthwise with N = C = groups.
         bias: [N] or None.
-        residual: [B, M, N] ([B, M, N / 2] for ``glu``) or None.
+        residual: [B, M, N_out] or None.
         epilogue: None, "gelu", "gelu_tanh", "silu", "relu" or "glu".
-        geometry: stride, padding, dilation and groups.
+        stride: input frames between two output frames.
+        padding: frames of zeros before and after the input.
+        dilation: input frames between two taps.
+        groups: groups of channels that do not see each other.
         lengths: [B], the valid input frames; later ones count as zero. None: all are valid.
 
     Returns:
-        [B, M, N] ([B, M, N / 2] for ``glu``), in the dtype of x.
+        [B, M, N_out], in the dtype of x.
 
     Raises:
         NotImplementedError: for inputs other than None and "int8".
     """
-    check_inputs(weight)
+    check(x, weight)
     B, T, C = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    taps = weight.K if weight.is_depthwise else weight.K // (C // geometry.groups)
-    width = weight.N // 2 if epilogue == "glu" else weight.N
-    y = torch.empty(B, geometry.out_frames(T, taps), width, dtype=x.dtype)
+    taps = weight.K if weight.is_depthwise else weight.K // (C // groups)
+    window = Window(taps, stride, padding, dilation, groups)
     run = _depthwise if weight.is_depthwise else _dense
-    for b in range(B if y.numel() else 0):
-        valid = T if lengths is None else min(max(int(lengths[b]), 0), T)
+    valid = [T] * B if lengths is None else lengths.clamp(0, T).tolist()
+    y = []
+    for b in range(B):
         finish = Finish(bias, epilogue, None if residual is None else residual[b])
-        y[b] = run(x[b].to(wide).contiguous(), valid, weight, finish, geometry)
-    return y
+        y.append(run(x[b].float().contiguous(), valid[b], weight, finish, window).to(x.dtype))
+    if B == 1:
+        return y[0][None]
+    width = weight.N // 2 if epilogue == "glu" else weight.N
+    return torch.stack(y) if y else x.new_empty(0, window.frames_out(T), width)
 
 
 def _dense(
-    x: Tensor, valid: int, weight: QuantizedWeight, finish: Finish, geometry: Geometry
+    x: Tensor, valid: int, weight: QuantizedWeight, finish: Finish, window: Window
 ) -> Tensor:
-    """One utterance [T, C] to [M, N]."""
+    """One utterance [T, C] to [M, N_out]."""
     scale = input_scale(x, valid, weight)
     if scale is None:
-        planes = _float_planes(x, valid, geometry)
+        planes = _float_planes(x, valid, window)
     else:
-        planes = quantize_planes(x, valid, scale, geometry)
-    taps = weight.K // planes.shape[2]
-    M = geometry.out_frames(x.shape[0], taps)
-    return multiply(_rows(planes, taps, M, geometry), weight, scale, finish, x.dtype)
+        planes = quantize_planes(x, valid, scale, window)
+    rows = _rows(planes, window.frames_out(x.shape[0]), window)
+    return multiply(rows, weight, scale, finish)
 
 
 def input_scale(x: Tensor, valid: int, weight: QuantizedWeight) -> Tensor | None:
     """The int8 scale [] of one utterance [T, C] over its valid frames; None for float inputs."""
     if weight.spec.inputs is None:
         return None
-    if weight.spec.input_scale == "static":
-        assert weight.input_scale is not None, "a static spec has its scale"
+    if weight.input_scale is not None:
         return weight.input_scale.float()
-    library = lib.native() if x.dtype == torch.float32 else None
+    library = lib.native()
     if library is None or valid == 0:
-        largest = x[:valid].abs().amax() if valid else x.new_zeros(())
-        return portable.scale_of(largest)
+        return portable.scale_of(x[:valid].abs().amax() if valid else torch.zeros(()))
     scale = torch.empty(())
-    library.shared_scale(
-        lib.pointer(x), x.stride(0), valid, x.shape[1], lib.pointer(scale), torch.get_num_threads()
-    )
+    library.shared_scale(lib.pointer(x), valid, x.shape[1], lib.pointer(scale), lib.threads())
     return scale
 
 
-def quantize_planes(x: Tensor, valid: int, scale: Tensor, geometry: Geometry) -> Tensor:
+def quantize_planes(x: Tensor, valid: int, scale: Tensor, window: Window) -> Tensor:
     """One utterance [T, C] to padded uint8 planes [G, left + T + right, C / G], zero point 128.
 
-    The planes are followed in memory by a few bytes that may be read.
+    The planes have ``SLACK_BYTES`` behind them.
     """
-    (T, C), (left, right), G = x.shape, geometry.padding, geometry.groups
-    shape = (G, left + T + right, C // G)
-    flat = torch.empty(shape[0] * shape[1] * shape[2] + SLACK_BYTES, dtype=torch.uint8)
-    planes = flat[:-SLACK_BYTES].view(shape)
-    library = lib.native() if x.dtype == torch.float32 else None
+    (T, C), (left, right), G = x.shape, window.padding, window.groups
+    planes = _with_slack((G, left + T + right, C // G), torch.uint8)
+    library = lib.native()
     if library is not None:
         library.quantize_frames(
-            lib.pointer(x), x.stride(0), T, valid, G, C // G, left, right,
-            lib.pointer(scale), lib.pointer(planes), torch.get_num_threads(),
+            lib.pointer(x), T, valid, G, C // G, left, right,
+            lib.pointer(scale), lib.pointer(planes), lib.threads(),
         )  # fmt: skip
         return planes
-    quantized = portable.quantize(x[:valid], scale) + portable.ZERO_POINT
-    planes.fill_(portable.ZERO_POINT)
+    quantized = portable.quantize(x[:valid], scale) + ZERO_POINT
+    planes.fill_(ZERO_POINT)
     planes[:, left : left + valid] = quantized.view(valid, G, C // G).transpose(0, 1)
     return planes
 
 
-def _float_planes(x: Tensor, valid: int, geometry: Geometry) -> Tensor:
-    """One utterance [T, C] to padded planes [G, left + T + right, C / G]; x itself where it can be."""
-    (T, C), (left, right), G = x.shape, geometry.padding, geometry.groups
+def _float_planes(x: Tensor, valid: int, window: Window) -> Tensor:
+    """One utterance [T, C] to padded planes [G, left + T + right, C / G]; x itself if it can be."""
+    (T, C), (left, right), G = x.shape, window.padding, window.groups
     frames = x[:valid]
     if left or right or valid < T:
         frames = F.pad(frames, (0, 0, left, right + T - valid))
     return frames.view(-1, G, C // G).transpose(0, 1).contiguous()
 
 
-def _rows(planes: Tensor, taps: int, M: int, geometry: Geometry) -> Rows:
+def _with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    return torch.empty(count + SLACK_BYTES, dtype=dtype)[:count].view(shape)
+
+
+def _rows(planes: Tensor, M: int, window: Window) -> Rows:
     G, T, C = planes.shape
-    step = geometry.stride * C
-    if geometry.dilation == 1:
+    taps, step = window.taps, window.stride * C
+    if window.dilation == 1:
         return Rows(planes, M, taps * C, step, G, T * C)
-    # taps are apart: gather them
+    # the taps are apart: gather them
     spread = planes.as_strided(
-        (G, M, taps, C), (T * C, step, geometry.dilation * C, 1), planes.storage_offset()
+        (G, M, taps, C), (T * C, step, window.dilation * C, 1), planes.storage_offset()
     )
-    flat = torch.empty(spread.numel() + SLACK_BYTES, dtype=planes.dtype)
-    flat[:-SLACK_BYTES].view(spread.shape).copy_(spread)
-    return Rows(flat, M, taps * C, taps * C, G, M * taps * C)
+    gathered = _with_slack((G, M, taps, C), planes.dtype).copy_(spread)
+    return Rows(gathered, M, taps * C, taps * C, G, M * taps * C)
 
 
 def _depthwise(
-    x: Tensor, valid: int, weight: QuantizedWeight, finish: Finish, geometry: Geometry
+    x: Tensor, valid: int, weight: QuantizedWeight, finish: Finish, window: Window
 ) -> Tensor:
-    """One utterance [T, C] to [M, C]."""
+    """One utterance [T, C] to [M, N_out]."""
+    finish = finish.prepared()
     if finish.epilogue == "glu":
-        y = F.glu(_depthwise(x, valid, weight, Finish(finish.bias, None, None), geometry))
-        return y if finish.residual is None else y.add_(finish.residual)
+        plain = Finish(finish.bias, None, None)
+        return finish.after_glu(_depthwise(x, valid, weight, plain, window))
     scale = input_scale(x, valid, weight)
-    library = lib.native() if x.dtype == torch.float32 else None
+    library = lib.native()
     if library is not None:
-        return _native_depthwise(library, x, valid, scale, weight, finish, geometry)
+        return _native_depthwise(library, x, valid, scale, weight, finish, window)
     x = F.pad(x[:valid], (0, 0, 0, x.shape[0] - valid))
     if scale is not None:
         x = portable.quantize(x, scale)
-    padded = F.pad(x.t(), geometry.padding)[None]
-    integers = weight.integers().to(x.dtype)[:, None]
-    sums = F.conv1d(padded, integers, None, geometry.stride, 0, geometry.dilation, geometry.groups)[
-        0
-    ].t()
-    total = sums * weight.scale.to(x.dtype) * (1 if scale is None else scale.to(x.dtype))
-    total = total if finish.bias is None else total + finish.bias.to(x.dtype)
-    y = portable.activate(total, finish.epilogue)
-    return y if finish.residual is None else y + finish.residual.to(x.dtype)
+    padded = F.pad(x.t(), window.padding)[None]
+    integers = weight.integers().float()[:, None]
+    sums = F.conv1d(padded, integers, None, window.stride, 0, window.dilation, window.groups)
+    y = sums[0].t() * (weight.scale if scale is None else weight.scale * scale)
+    y = portable.activate(y if finish.bias is None else y + finish.bias, finish.epilogue)
+    return y if finish.residual is None else y + finish.residual
 
 
 def _native_depthwise(
-    library: lib.ctypes.CDLL, x: Tensor, valid: int, scale: Tensor | None,
-    weight: QuantizedWeight, finish: Finish, geometry: Geometry,
-) -> Tensor:  # fmt: skip
+    library: ctypes.CDLL,
+    x: Tensor,
+    valid: int,
+    scale: Tensor | None,
+    weight: QuantizedWeight,
+    finish: Finish,
+    window: Window,
+) -> Tensor:
     T, C = x.shape
-    out = torch.empty(geometry.out_frames(T, weight.K), C)
-    bias = None if finish.bias is None else finish.bias.float().contiguous()
-    residual = None if finish.residual is None else finish.residual.float().contiguous()
+    out = torch.empty(window.frames_out(T), C)
     levels = weight.qweight.float()
     arguments = lib.Depthwise(
-        frames=T, valid=valid, channels=C, out_frames=out.shape[0],
-        taps=weight.K, stride=geometry.stride, padding=geometry.padding[0],
-        dilation=geometry.dilation, x=lib.pointer(x), x_stride=C,
-        input_scale=lib.pointer(scale), weight=lib.pointer(levels),
-        scale=lib.pointer(weight.scale), bias=lib.pointer(bias),
-        residual=lib.pointer(residual), residual_stride=C,
-        activation=ACTIVATIONS[finish.epilogue], out=lib.pointer(out), out_stride=C,
-        threads=torch.get_num_threads(),
+        valid=valid, channels=C, out_frames=out.shape[0], taps=window.taps,
+        stride=window.stride, padding=window.padding[0], dilation=window.dilation,
+        x=lib.pointer(x), input_scale=lib.pointer(scale), weight=lib.pointer(levels),
+        scale=lib.pointer(weight.scale), bias=lib.pointer(finish.bias),
+        residual=lib.pointer(finish.residual), activation=ACTIVATIONS[finish.epilogue],
+        out=lib.pointer(out), threads=lib.threads(),
     )  # fmt: skip
     if library.depthwise(arguments):
         raise MemoryError("no memory for the frames of a depthwise convolution")

@@ -1,4 +1,4 @@
-"""Our CPU kernels: compiled by the machine's C++ compiler on first use, kept in a cache, called by ctypes.
+"""Our CPU kernels: compiled by the machine's C++ compiler on first use and kept in a cache.
 
 They are needed for speed alone. Without a compiler every function has a slower path through oneDNN
 and PyTorch's own operators, and one warning says so.
@@ -52,12 +52,32 @@ class Depthwise(ctypes.Structure):
     """``struct Depthwise`` of csrc/frames.h."""
 
     _fields_ = (
-        ("frames", c_int64), ("valid", c_int64), ("channels", c_int64), ("out_frames", c_int64),
+        ("valid", c_int64), ("channels", c_int64), ("out_frames", c_int64),
         ("taps", c_int64), ("stride", c_int64), ("padding", c_int64), ("dilation", c_int64),
-        ("x", c_void_p), ("x_stride", c_int64), ("input_scale", c_void_p),
+        ("x", c_void_p), ("input_scale", c_void_p),
         ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
-        ("residual", c_void_p), ("residual_stride", c_int64), ("activation", c_int32),
-        ("out", c_void_p), ("out_stride", c_int64), ("threads", c_int64),
+        ("residual", c_void_p), ("activation", c_int32),
+        ("out", c_void_p), ("threads", c_int64),
+    )  # fmt: skip
+
+
+class RowFinish(ctypes.Structure):
+    """``struct RowFinish`` of csrc/rows.h."""
+
+    _fields_ = (
+        ("channels", c_int64), ("norm_weight", c_void_p), ("norm_bias", c_void_p),
+        ("eps", c_float), ("activation", c_int32),
+        ("out", c_void_p), ("q", c_void_p), ("scale", c_void_p), ("largest", c_void_p),
+        ("threads", c_int64),
+    )  # fmt: skip
+
+
+class FirstConv(ctypes.Structure):
+    """``struct FirstConv`` of csrc/rows.h."""
+
+    _fields_ = (
+        ("frames", c_int64), ("taps", c_int64), ("stride", c_int64),
+        ("x", c_void_p), ("weight", c_void_p), ("bias", c_void_p),
     )  # fmt: skip
 
 
@@ -66,18 +86,25 @@ SIGNATURES = {
     "matmul_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
     "matmul_float": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
     "quantize_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64),
-    "shared_scale": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64),
+    "shared_scale": (c_void_p, c_int64, c_int64, c_void_p, c_int64),
     "quantize_frames": (
-        c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
+        c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
         c_void_p, c_void_p, c_int64,
     ),
     "depthwise": (ctypes.POINTER(Depthwise),),
+    "first_conv": (ctypes.POINTER(FirstConv), ctypes.POINTER(RowFinish)),
+    "finish_rows": (c_void_p, c_int64, ctypes.POINTER(RowFinish)),
 }  # fmt: skip
 
 
 def pointer(tensor: Tensor | None) -> int | None:
     """A tensor's address for ctypes; None stays a null pointer."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """Threads of a kernel: as many as PyTorch's own operators use."""
+    return torch.get_num_threads()
 
 
 def native() -> ctypes.CDLL | None:
@@ -141,7 +168,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """Where compiled kernels are kept; only its owner may write there, since we run what it holds."""
+    """Where compiled kernels are kept; only its owner may write there: we run what it holds."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "lowbit_kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The same arithmetic in PyTorch's own operators: where our kernels cannot be compiled, and in fp64.
+"""The same arithmetic in PyTorch's own operators, where our kernels cannot be compiled.
 
-Dimension key: M rows, N output channels, K the reduction, T frames, C channels.
+Dimension key: M rows, N output channels, K the reduction.
 """
 
 import torch
@@ -10,34 +10,36 @@ from torch import Tensor
 from lowbit_kernels.cpu.resident import ZERO_POINT, Resident
 
 INT8_MAX = 127
+# the smallest normal fp32 number: silence gets a scale whose reciprocal is finite
+MIN_INPUT_SCALE = 2.0**-126
 # products of this many int8 pairs sum to less than 2^24, exactly, in fp32
 EXACT_K = 1024
 
 
 def has_exact_onednn() -> bool:
     """Whether oneDNN's uint8 x int8 products are exact: without VNNI they saturate at 16 bits."""
-    return bool(torch.cpu._is_vnni_supported()) and torch.backends.mkldnn.is_available()
+    return bool(torch.cpu._is_vnni_supported()) and bool(torch._C._has_mkldnn)
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """The int8 scale of a largest magnitude, fp32; 1 where everything is zero."""
-    largest = largest.float()
-    return torch.where(largest == 0, 1.0, largest / INT8_MAX)
+    """The int8 scale of a largest magnitude, fp32."""
+    return (largest / INT8_MAX).clamp_min(MIN_INPUT_SCALE)
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale to the nearest integer in [-127, 127], in the dtype of x."""
-    return (x / scale).round().clamp(-INT8_MAX, INT8_MAX)
+    """x / scale to the nearest integer in [-127, 127], still fp32."""
+    return (x * (1 / scale)).round().clamp(-INT8_MAX, INT8_MAX)
 
 
 def activate(y: Tensor, epilogue: str | None) -> Tensor:
-    """Apply an epilogue."""
-    if epilogue is None:
-        return y
+    """Apply an epilogue other than ``glu``."""
+    if epilogue == "gelu":
+        return F.gelu(y)
     if epilogue == "gelu_tanh":
         return F.gelu(y, approximate="tanh")
-    functions = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "glu": F.glu}
-    return functions[epilogue](y)
+    if epilogue == "silu":
+        return F.silu(y)
+    return F.relu(y) if epilogue == "relu" else y
 
 
 def matmul_int8(q: Tensor, resident: Resident, group: int, N: int) -> Tensor:
@@ -55,7 +57,7 @@ def matmul_int8(q: Tensor, resident: Resident, group: int, N: int) -> Tensor:
     if resident.layout == "onednn":
         ones = torch.ones(N)
         zeros = torch.zeros(N, dtype=torch.int32)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
             q.contiguous(), 1.0, ZERO_POINT, resident.tensors[group], ones, zeros, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip

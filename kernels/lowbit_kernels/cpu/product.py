@@ -1,8 +1,9 @@
-"""Rows times a quantized weight, with everything that follows the sum: what every CPU layer runs on.
+"""Rows times a quantized weight, and what follows the sum: every CPU layer runs on it.
 
 Dimension key: M rows, K the reduction and N output channels, both of one group; G groups.
 """
 
+import ctypes
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,11 @@ from lowbit_kernels.cpu import portable
 from lowbit_kernels.cpu.resident import resident_int8
 from lowbit_kernels.formats import QuantizedWeight
 
-ACTIVATIONS = {None: 0, "glu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 INPUTS = (None, "int8")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# a row is read in whole words, the last one too
+SLACK_BYTES = 64
 # rows of weight that the PyTorch path unpacks at a time
 BLOCK_ROWS = 256
 
@@ -25,7 +29,7 @@ class Rows:
     """The left operand: G x M rows of K elements inside a flat tensor; rows may overlap.
 
     Args:
-        data: contiguous; uint8 with zero point 128, or floating point.
+        data: contiguous; fp32, or uint8 with zero point 128 and ``SLACK_BYTES`` behind.
         M: rows.
         K: elements of a row, contiguous.
         stride: elements from a row to the next.
@@ -48,7 +52,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Finish:
-    """What follows the sum: y = epilogue(sum * scales + bias) + residual.
+    """What follows the sum: ``y = epilogue(sum * scales + bias) + residual``.
 
     Args:
         bias: [G * N] or None.
@@ -60,77 +64,79 @@ class Finish:
     epilogue: str | None
     residual: Tensor | None
 
+    def prepared(self) -> "Finish":
+        """The same with fp32, contiguous tensors."""
+        bias = None if self.bias is None else self.bias.detach().float().contiguous()
+        residual = None if self.residual is None else self.residual.float().contiguous()
+        return Finish(bias, self.epilogue, residual)
 
-def check_inputs(weight: QuantizedWeight) -> None:
-    """Raise NotImplementedError for inputs that no CPU kernel quantizes to."""
+    def after_glu(self, y: Tensor) -> Tensor:
+        """The output [M, N / 2] of the pre-activation y [M, N]."""
+        y = F.glu(y)
+        return y if self.residual is None else y.add_(self.residual)
+
+
+def check(x: Tensor, weight: QuantizedWeight) -> None:
+    """Refuse what no CPU kernel serves."""
     if weight.spec.inputs not in INPUTS:
         raise NotImplementedError(
             f"the CPU serves inputs {INPUTS}, got inputs={weight.spec.inputs!r}"
         )
+    assert x.dtype in DTYPES, "op.py sends fp64 to the reference"
 
 
 def multiply(
-    rows: Rows,
-    weight: QuantizedWeight,
-    input_scale: Tensor | None,
-    finish: Finish,
-    wide: torch.dtype,
+    rows: Rows, weight: QuantizedWeight, input_scale: Tensor | None, finish: Finish
 ) -> Tensor:
-    """epilogue(rows @ W.T + bias) + residual.
+    """``epilogue(rows @ W.T + bias) + residual``.
 
     Args:
         rows: the input; uint8 where ``input_scale`` is given.
         weight: [G * N, K].
-        input_scale: [M, 1] or [], fp32; None for a float input.
+        input_scale: fp32 [M, 1] or []; None for a float input.
         finish: what follows the sum.
-        wide: fp32 or fp64, the dtype of everything past the sum.
 
     Returns:
-        [M, G * N], or half as wide for ``glu``, in ``wide``.
+        [M, G * N] fp32; half as wide for ``glu``.
     """
+    finish = finish.prepared()
     if finish.epilogue == "glu":
-        inner = Finish(finish.bias, None, None)
-        y = F.glu(multiply(rows, weight, input_scale, inner, wide))
-        return y if finish.residual is None else y.add_(finish.residual)
-    finish = Finish(
-        None if finish.bias is None else finish.bias.to(wide).contiguous(),
-        finish.epilogue,
-        None if finish.residual is None else finish.residual.to(wide).contiguous(),
-    )
-    library = None
-    if wide == torch.float32:
-        library = lib.native() if input_scale is None else lib.native_int8()
+        plain = Finish(finish.bias, None, None)
+        return finish.after_glu(multiply(rows, weight, input_scale, plain))
+    library = lib.native() if input_scale is None else lib.native_int8()
     if library is not None:
         return _native(library, rows, weight, input_scale, finish)
-    total = torch.empty(rows.M, weight.N, dtype=wide)
+    y = torch.empty(rows.M, weight.N)
     if input_scale is None:
-        _float_sums(rows, weight, total)
+        _float_sums(rows, weight, y)
     else:
-        _int8_sums(rows, weight, total)
-        total.mul_(weight.scale.to(wide)).mul_(input_scale.to(wide))
+        _int8_sums(rows, weight, y)
+        y.mul_(input_scale * weight.scale)
     if finish.bias is not None:
-        total.add_(finish.bias)
-    y = portable.activate(total, finish.epilogue)
+        y.add_(finish.bias)
+    y = portable.activate(y, finish.epilogue)
     return y if finish.residual is None else y.add_(finish.residual)
 
 
 def _native(
-    library: lib.ctypes.CDLL, rows: Rows, weight: QuantizedWeight, input_scale: Tensor | None,
+    library: ctypes.CDLL,
+    rows: Rows,
+    weight: QuantizedWeight,
+    input_scale: Tensor | None,
     finish: Finish,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     out = torch.empty(rows.M, weight.N)
-    shared = input_scale is not None and input_scale.numel() == 1
-    row_scale = None if shared else input_scale
-    column_scale = weight.scale if weight.spec.symmetric else None
+    shared = input_scale is None or input_scale.numel() == 1
     arguments = lib.Matmul(
         M=rows.M, N=weight.N // rows.groups, K=rows.K, groups=rows.groups,
         a=lib.pointer(rows.data), a_stride=rows.stride, a_group_stride=rows.group_stride,
-        row_scale=lib.pointer(row_scale), column_scale=lib.pointer(column_scale),
-        scale=float(input_scale) if shared else 1.0,
+        row_scale=None if shared else lib.pointer(input_scale),
+        column_scale=lib.pointer(weight.scale) if weight.spec.symmetric else None,
+        scale=1.0 if input_scale is None or not shared else float(input_scale),
         activation=ACTIVATIONS[finish.epilogue],
         bias=lib.pointer(finish.bias), residual=lib.pointer(finish.residual),
         residual_stride=weight.N, out=lib.pointer(out), out_stride=weight.N,
-        largest=None, threads=torch.get_num_threads(),
+        largest=None, threads=lib.threads(),
     )  # fmt: skip
     if input_scale is None:
         _native_float(library, arguments, weight)
@@ -142,11 +148,11 @@ def _native(
     return out
 
 
-def _native_float(library: lib.ctypes.CDLL, arguments: lib.Matmul, weight: QuantizedWeight) -> None:
+def _native_float(library: ctypes.CDLL, arguments: lib.Matmul, weight: QuantizedWeight) -> None:
     asymmetric = weight.zero_point is not None
     multiplier = weight.scale if asymmetric else weight.group_scale
-    multiplier = None if multiplier is None else multiplier.float()
-    zero = None if weight.zero_point is None else weight.zero_point.float()
+    multiplier = None if multiplier is None else multiplier.float().contiguous()
+    zero = None if weight.zero_point is None else weight.zero_point.float().contiguous()
     qweight = weight.qweight.contiguous()
     packed = lib.PackedWeight(
         bytes=lib.pointer(qweight), pitch=qweight.shape[1], bits=weight.spec.bits,
@@ -170,11 +176,10 @@ def _int8_sums(rows: Rows, weight: QuantizedWeight, total: Tensor) -> None:
 def _float_sums(rows: Rows, weight: QuantizedWeight, total: Tensor) -> None:
     N = weight.N // rows.groups
     for group in range(rows.groups):
-        x = rows.of_group(group).to(total.dtype)
+        x = rows.of_group(group)
         for n in range(group * N, (group + 1) * N, BLOCK_ROWS):
             end = min(n + BLOCK_ROWS, (group + 1) * N)
-            block = _channels(weight, n, end).dequantize(total.dtype)
-            torch.matmul(x, block.t(), out=total[:, n:end])
+            total[:, n:end] = x @ _channels(weight, n, end).dequantize().t()
 
 
 def _channels(weight: QuantizedWeight, start: int, end: int) -> QuantizedWeight:

@@ -4,6 +4,7 @@ Dimension key: N output channels, K the reduction, both of one group; P panels o
 """
 
 import threading
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class _Entry:
     copies: tuple[Tensor, ...]
 
 
-_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_entries: MutableMapping[Tensor, _Entry] = WeakIdKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -65,8 +66,7 @@ def resident_int8(weight: QuantizedWeight, layout: str, groups: int = 1) -> Resi
     with _lock:
         entry = _entries.get(weight.qweight)
     if entry is not None and _is_true(entry, weight, layout, groups):
-        resident: Resident = entry.resident
-        return resident
+        return entry.resident
     parts = _parts(weight)
     state = _state(parts)
     made = _expand(weight.integers(), layout, groups)

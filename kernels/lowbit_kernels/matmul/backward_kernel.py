@@ -3,7 +3,7 @@
 Dimension key: M rows, N output features (the reduction here), K input features.
 
 The weight is the right operand. One program owns one slice of BLOCK_BYTES bytes, that is
-BLOCK_BYTES columns of dx in runs of 32, and reads the bytes of all slices: packed weights are small.
+BLOCK_BYTES columns of dx in runs of 32, and reads the bytes of all slices: they are few.
 """
 
 import torch

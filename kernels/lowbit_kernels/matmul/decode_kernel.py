@@ -19,14 +19,14 @@ def decode_levels(q, shift, BITS: tl.constexpr, DTYPE: tl.constexpr):
     # q uint8, any shape; shift is the slice times BITS; DTYPE int8, fp16 or bf16
     if BITS == 8:
         levels = q.to(tl.int8, bitcast=True).to(DTYPE)
-    elif DTYPE == tl.int8:
+    elif DTYPE.is_int():
         code = ((q >> shift) & (2**BITS - 1)).to(tl.int8)
         levels = code - 8 if BITS == 4 else 2 * code - (2**BITS - 1)
     else:
         # the bits of 1024 + v in fp16, of 128 + v in bf16, are those of 1024 or 128 with v in the
         # lowest ones: a bitwise or and a subtraction take the place of an integer conversion
-        ONE: tl.constexpr = 0x6400 if DTYPE == tl.float16 else 0x4300
-        BASE: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
+        ONE: tl.constexpr = 0x6400 if DTYPE.is_fp16() else 0x4300
+        BASE: tl.constexpr = 1024.0 if DTYPE.is_fp16() else 128.0
         code = (q >> shift).to(tl.uint16) & (2**BITS - 1)
         if BITS == 4:
             levels = (code | ONE).to(DTYPE, bitcast=True) - (BASE + 8)

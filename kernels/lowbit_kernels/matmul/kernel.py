@@ -3,8 +3,9 @@
 Dimension key: M rows of x, seen as [B, T]; N output features, N_out N / 2 with ``glu`` and N
 without; K input features.
 
-The tile is that of y.T: the weight is the left operand, which ``wgmma`` takes from registers. A step
-of the loop over K is one block of packed bytes (``formats/packing.py``), a ``tl.dot`` is one slice.
+The tile is that of y.T: the weight is the left operand, which ``wgmma`` takes from registers. A
+step of the loop over K is one block of packed bytes (``formats/packing.py``), a ``tl.dot`` is one
+slice of it.
 """
 
 import torch
@@ -50,7 +51,7 @@ def _linear_kernel(
     group_rows = offs_n * num_groups
 
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    SUM: tl.constexpr = tl.int32 if DTYPE == tl.int8 else tl.float32
+    SUM: tl.constexpr = tl.int32 if DTYPE.is_int() else tl.float32
     SLICES: tl.constexpr = 8 // BITS
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
     first = tl.program_id(1) * blocks_per_split

@@ -186,9 +186,11 @@ def _cuda_train(
     from lowbit_kernels.matmul.cuda import linear_cuda
 
     with torch.cuda.device(x.device):
-        return linear_cuda(
+        y, z = linear_cuda(
             x, _unflatten(*packed), bias, residual, epilogue, want_preactivation=True
         )
+    assert z is not None, "asked for"
+    return y, z
 
 
 @torch.library.register_kernel("lowbit::linear_backward", "cuda")
@@ -330,7 +332,8 @@ def low_bit_linear(
     """
     _check_weight(weight, epilogue)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    # autocast does not know the meta device
+    if not x.is_meta and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
         bias, residual = _autocast(bias, device_type), _autocast(residual, device_type)
     _check_input(x, weight)

@@ -72,7 +72,7 @@ def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tenso
     rows = x.shape[:-1]
     if kind == "static":
         assert static_scale is not None, "op.py asks for it"
-        return static_scale.float().expand(rows).reshape(-1)
+        return static_scale.float().expand(rows.numel()).contiguous()
     if x.numel() == 0:
         return torch.full((rows.numel(),), MIN_INPUT_SCALE, device=x.device)
     if kind == "token":
@@ -82,7 +82,7 @@ def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tenso
             ..., 0
         ]
     scale = (largest.float() / INT8_MAX).clamp_min(MIN_INPUT_SCALE)
-    return scale.expand(rows).reshape(-1)
+    return scale.expand(rows).flatten().contiguous()
 
 
 def quantize_rows(x: Tensor, scale_rows: Tensor) -> Tensor:

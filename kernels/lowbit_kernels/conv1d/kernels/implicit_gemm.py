@@ -18,8 +18,8 @@ from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_levels
 from lowbit_kernels.matmul.epilogue_kernel import activate
 
 BLOCK_N = 64
-# a step unpacks 32 bytes a row, so the fewer the bits the longer its run of x: 16 KB each
-BLOCK_T = {8: 128, 4: 128, 2: 64, 1: 32}
+# a step unpacks 32 bytes a row, so the fewer the bits the longer its run of x: at most 32 KB
+BLOCK_T = {8: 64, 4: 64, 2: 64, 1: 32}
 
 
 @triton.jit
@@ -91,14 +91,14 @@ def _implicit_gemm_conv1d_kernel(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
     mask = (index_n < N_group)[:, None] & (start_t + offs_t < T_out)[None, :]
-    rows = (batch.to(tl.int64) * T_out + start_t + offs_t) * N
-    offs = rows[None, :] + offs_n[:, None]
+    tile = (batch.to(tl.int64) * T_out + start_t) * N
+    offs = (offs_t * N)[None, :] + offs_n[:, None]
     if z_ptr is not None:
-        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptr + tile + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
     y = activate(z, EPILOGUE)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(residual_ptr + tile + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + tile + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def implicit_gemm_conv1d_triton(
@@ -127,11 +127,11 @@ def implicit_gemm_conv1d_triton(
         z: like y.
         input_scale: [B] fp32, the scale of each utterance of an int8 x.
     """
-    assert x.stride(2) == 1, "the caller passes channel-last tensors"
     assert epilogue != "glu", "the caller gates afterwards"
     (B, T_out, N), spec, groups = y.shape, weight.spec, geometry.groups
     if y.numel() == 0:
         return
+    assert x.stride(2) == 1 or x.shape[2] == 1, "the caller passes channel-last tensors"
     block_t = BLOCK_T[spec.bits]
     tiles_t = triton.cdiv(T_out, block_t)
     _implicit_gemm_conv1d_kernel[(B * tiles_t * triton.cdiv(N // groups, BLOCK_N), groups)](

@@ -42,8 +42,8 @@ def _implicit_gemm_conv1d_dx_kernel(
 
     # the first tap that meets this phase; the others follow every TAP_STEP, or there is none
     first_tap = TAPS
-    for tap in tl.static_range(TAP_STEP):
-        first_tap = tl.where((phase + left - tap * DILATION) % STRIDE == 0, tap, first_tap)
+    for i in tl.static_range(TAP_STEP):
+        first_tap = tl.where((phase + left - i * DILATION) % STRIDE == 0, i, first_tap)
     tiles_n = tl.cdiv(N_group, BLOCK_N)
     acc = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     # one loop over taps and channels, so that the loads of the next step run ahead
@@ -88,10 +88,10 @@ def implicit_gemm_conv1d_dx_triton(
     dz: Tensor, weight: QuantizedWeight, lengths: Tensor | None, geometry: Geometry, dx: Tensor
 ) -> None:
     """Fill dx [B, T, C], contiguous, from dz [B, T_out, N], fp16 or bf16, channels adjacent."""
-    assert dz.stride(2) == 1, "the caller passes channel-last tensors"
     (B, T, C), N, spec, groups = dx.shape, weight.N, weight.spec, geometry.groups
     if dx.numel() == 0:
         return
+    assert dz.stride(2) == 1 or dz.shape[2] == 1, "the caller passes channel-last tensors"
     tiles_t = triton.cdiv(triton.cdiv(T, geometry.stride), BLOCK_T)
     tiles = tiles_t * geometry.stride * triton.cdiv(C // groups, BLOCK_C)
     _implicit_gemm_conv1d_dx_kernel[(B * tiles, groups)](

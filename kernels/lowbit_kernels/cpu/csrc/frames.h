@@ -6,7 +6,8 @@
 static inline float scale_of(int32_t largest) {
   float amax;
   memcpy(&amax, &largest, 4);
-  return largest ? amax / 127.0f : 1.0f;
+  float scale = amax / 127.0f;
+  return scale < 0x1p-126f ? 0x1p-126f : scale;  // a silent row's reciprocal stays finite; keeps NaN
 }
 
 static inline int32_t largest_of(const float* x, int64_t count) {
@@ -17,27 +18,25 @@ static inline int32_t largest_of(const float* x, int64_t count) {
 }
 
 static inline void quantize_row(const float* x, int64_t count, float scale, uint8_t* q) {
+  float inverse = 1.0f / scale;
   for (int64_t c = 0; c < count; c += LANES) {
     int lanes = lanes_left(count - c);
-    vbyte v = quantized(load_some(x + c, lanes) / scale);
+    vbyte v = quantized(load_some(x + c, lanes) * inverse);
     memcpy(q + c, &v, lanes);
   }
 }
 
 struct Depthwise {
-  int64_t frames, valid, channels, out_frames;  // frames from `valid` on count as zero
+  int64_t valid, channels, out_frames;  // frames from `valid` on count as zero
   int64_t taps, stride, padding, dilation;
-  const float* x;  // [frames, channels]
-  int64_t x_stride;
+  const float* x;            // [frames, channels]
   const float* input_scale;  // null: the input stays float
   const float* weight;       // [taps, channels]
   const float* scale;        // [channels]
   const float* bias;         // [channels] or null
   const float* residual;     // [out_frames, channels] or null
-  int64_t residual_stride;
   int32_t activation;
-  float* out;
-  int64_t out_stride;
+  float* out;                // [out_frames, channels]
   int64_t threads;
 };
 
@@ -55,9 +54,9 @@ static void depthwise_vector(const Depthwise& p, int64_t c, float* buffer) {
   for (int64_t i = 0, frames = depthwise_frames(p); i < frames; i++) {
     int64_t t = i - p.padding;
     vfloat v = {};
-    if (t >= 0 && t < p.valid) v = load_some(p.x + t * p.x_stride + c, count);
+    if (t >= 0 && t < p.valid) v = load_some(p.x + t * p.channels + c, count);
     if (p.input_scale) {
-      v = min(max(v / *p.input_scale, splat(-127.0f)), splat(127.0f));
+      v = min(max(v * (1.0f / *p.input_scale), splat(-127.0f)), splat(127.0f));
       v = to_float(round_to_int(v));
     }
     store(buffer + i * LANES, v);
@@ -75,8 +74,8 @@ static void depthwise_vector(const Depthwise& p, int64_t c, float* buffer) {
     }
     for (int r = 0; r < DEPTHWISE_ROWS && t + r < p.out_frames; r++) {
       vfloat y = activate(sums[r] * scale + bias, p.activation);
-      if (p.residual) y += load_some(p.residual + (t + r) * p.residual_stride + c, count);
-      store_some(p.out + (t + r) * p.out_stride + c, y, count);
+      if (p.residual) y += load_some(p.residual + (t + r) * p.channels + c, count);
+      store_some(p.out + (t + r) * p.channels + c, y, count);
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include "frames.h"
 #include "matmul.h"
+#include "rows.h"
 #include "weight.h"
 
 extern "C" int has_int8_matmul() {
@@ -38,23 +39,23 @@ extern "C" int matmul_float(const Matmul* p, const PackedWeight* weight) {
   return 0;
 }
 
-// each row [columns] to uint8 with zero point 128 by its own scale, largest magnitude / 127
-extern "C" void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t columns,
+// each row [columns] to uint8 with zero point 128, by its scale or, with `own`, by one found here
+extern "C" void quantize_rows(const float* x, int64_t rows, int64_t columns, int64_t own,
                               uint8_t* q, float* scale, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < rows; r++) {
-    scale[r] = scale_of(largest_of(x + r * x_stride, columns));
-    quantize_row(x + r * x_stride, columns, scale[r], q + r * columns);
+    if (own) scale[r] = scale_of(largest_of(x + r * columns, columns));
+    quantize_row(x + r * columns, columns, scale[r], q + r * columns);
   }
 }
 
-// one scale for all rows, largest magnitude / 127
-extern "C" void shared_scale(const float* x, int64_t x_stride, int64_t rows, int64_t columns,
-                             float* scale, int64_t threads) {
+// one scale for all rows
+extern "C" void shared_scale(const float* x, int64_t rows, int64_t columns, float* scale,
+                             int64_t threads) {
   int32_t largest = 0;
 #pragma omp parallel for num_threads(threads) reduction(max : largest)
   for (int64_t r = 0; r < rows; r++) {
-    int32_t here = largest_of(x + r * x_stride, columns);
+    int32_t here = largest_of(x + r * columns, columns);
     largest = here > largest ? here : largest;
   }
   *scale = scale_of(largest);
@@ -62,8 +63,8 @@ extern "C" void shared_scale(const float* x, int64_t x_stride, int64_t rows, int
 
 // frames [frames, groups * channels] to padded planes [groups, left + frames + right, channels] by
 // one scale; frames from `valid` on and the padding become zero
-extern "C" void quantize_frames(const float* x, int64_t x_stride, int64_t frames, int64_t valid,
-                                int64_t groups, int64_t channels, int64_t left, int64_t right,
+extern "C" void quantize_frames(const float* x, int64_t frames, int64_t valid, int64_t groups,
+                                int64_t channels, int64_t left, int64_t right,
                                 const float* scale, uint8_t* q, int64_t threads) {
   int64_t padded = left + frames + right;
 #pragma omp parallel for num_threads(threads)
@@ -73,7 +74,7 @@ extern "C" void quantize_frames(const float* x, int64_t x_stride, int64_t frames
       if (i < left || i >= left + valid)
         memset(out, 128, channels);
       else
-        quantize_row(x + (i - left) * x_stride + g * channels, channels, *scale, out);
+        quantize_row(x + ((i - left) * groups + g) * channels, channels, *scale, out);
     }
 }
 
@@ -87,4 +88,35 @@ extern "C" int depthwise(const Depthwise* args) {
     depthwise_vector(p, c, buffers + omp_get_thread_num() * size);
   free(buffers);
   return 0;
+}
+
+extern "C" int first_conv(const FirstConv* conv, const RowFinish* finish) {
+  int64_t size = FIRST_ROWS * finish->channels;
+  float* buffers = (float*)aligned_alloc(64, (finish->threads * size * 4 + 63) / 64 * 64);
+  if (!buffers) return 1;
+  int32_t largest = 0;
+#pragma omp parallel for num_threads(finish->threads) reduction(max : largest)
+  for (int64_t t = 0; t < conv->frames; t += FIRST_ROWS) {
+    float* buffer = buffers + omp_get_thread_num() * size;
+    int64_t rows = conv->frames - t < FIRST_ROWS ? conv->frames - t : FIRST_ROWS;
+    first_conv_rows(*conv, finish->channels, t, rows, buffer);
+    for (int64_t r = 0; r < rows; r++) {
+      int32_t here = finish_row(*finish, buffer + r * finish->channels, t + r);
+      largest = here > largest ? here : largest;
+    }
+  }
+  if (finish->largest) raise_to(finish->largest, largest);
+  free(buffers);
+  return 0;
+}
+
+// x [rows, channels] is changed, and may be where the results go
+extern "C" void finish_rows(float* x, int64_t rows, const RowFinish* finish) {
+  int32_t largest = 0;
+#pragma omp parallel for num_threads(finish->threads) reduction(max : largest)
+  for (int64_t r = 0; r < rows; r++) {
+    int32_t here = finish_row(*finish, x + r * finish->channels, r);
+    largest = here > largest ? here : largest;
+  }
+  if (finish->largest) raise_to(finish->largest, largest);
 }

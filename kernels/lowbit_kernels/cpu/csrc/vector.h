@@ -65,10 +65,16 @@ static inline int32_t horizontal_max(vint v) {
   return best;
 }
 
+static inline float horizontal_sum(vfloat v) {
+  float sum = 0.0f;
+  for (int i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+}
+
 // round half to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits
 static inline vint round_to_int(vfloat x) { return as_int(x + 12582912.0f) - 0x4b400000; }
 
-// uint8 with zero point 128, from a value already divided by its scale
+// uint8 with zero point 128, from a value in units of its scale
 static inline vbyte quantized(vfloat x) {
   vint q = round_to_int(min(max(x, splat(-127.0f)), splat(127.0f))) + 128;
   return __builtin_convertvector(q, vbyte);

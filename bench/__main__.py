@@ -1,0 +1,103 @@
+"""``python -m bench``: list the cases, run some or all, turn the results into tables and plots."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.cases import CASES
+from bench.harness import Case, ValueCase, run_case
+from bench.record import RESULTS, environment, write
+from bench.report import ReportError, write_report
+
+# other work that takes a quarter of a core already shows in the timings
+BUSY_LOAD = 0.25
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "what", nargs="+", metavar="list | report | all | CASE", help="what to do, or which cases"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all cases together")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--slow", action="store_true", help="also providers slow to prepare")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 2 for a wrong one."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    if options.what == ["list"]:
+        list_cases()
+        return 0
+    if options.what == ["report"]:
+        try:
+            for path in write_report(options.results):
+                print(path)
+        except ReportError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 2
+        return 0
+    names = list(CASES) if options.what == ["all"] else options.what
+    if unknown := [name for name in names if name not in CASES]:
+        known = ", ".join(["list", "report", "all", *CASES])
+        print(f"bench: CASE must be one of {known}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    if options.minutes <= 0 or options.threads < 1:
+        print("bench: --minutes and --threads must be positive", file=sys.stderr)
+        return 2
+    run(names, options, "python -m bench " + shlex.join(arguments))
+    return 0
+
+
+def list_cases() -> None:
+    """Print each case with its providers and what is missing."""
+    for case in CASES.values():
+        print(f"{case.name}: {case.title} ({case.device})")
+        if isinstance(case, ValueCase):
+            continue
+        print(f"  points: {', '.join(point.name for point in case.points)}")
+        for provider in case.providers:
+            notes = ["baseline"] if provider.name == case.baseline else []
+            notes += ["only with --slow"] if provider.slow else []
+            notes += [f"missing: pip install {' '.join(provider.missing)}"] * bool(provider.missing)
+            print(f"  {provider.name}" + (f" ({', '.join(notes)})" if notes else ""))
+
+
+def run(names: list[str], options: argparse.Namespace, command: str) -> None:
+    """Run cases one after the other, each within its share of the time, and write their JSON."""
+    torch.set_num_threads(options.threads)
+    cases = [CASES[name] for name in names if _has_device(CASES[name])]
+    total = sum(case.weight for case in cases)
+    for case in cases:
+        about = environment(case.device, options.threads, command)
+        _warn(about["commit"])
+        seconds = 60 * options.minutes * case.weight / total
+        record = run_case(case, seconds, options.slow)
+        print(write(record | about, options.results))
+
+
+def _has_device(case: Case | ValueCase) -> bool:
+    if case.device == "cpu" or torch.cuda.is_available():
+        return True
+    print(f"{case.name} needs a CUDA GPU: not run", file=sys.stderr)
+    return False
+
+
+def _warn(commit: str) -> None:
+    if "-dirty" in commit:
+        print("kernels/ or bench/ differ from the commit: README takes no such numbers",
+              file=sys.stderr)  # fmt: skip
+    if (load := os.getloadavg()[0]) > BUSY_LOAD:
+        print(f"load average {load:.2f}: timings need a quiet machine", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

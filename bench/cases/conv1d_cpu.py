@@ -1,0 +1,70 @@
+"""Every kind of convolution in a speech encoder, against float32.
+
+Dimension key: C input channels, N output channels, T input frames, k taps, g groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import float32_error, int8_input_error
+from bench.harness import Case, Cost, Point, Prepared, Provider
+from bench.shapes import CONV1D, frames_out
+from lowbit_kernels import QConv1d, QuantSpec
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A layer and its input x [1, C, T]."""
+
+    conv: nn.Conv1d
+    x: Tensor
+
+
+def make_inputs(point: Point) -> Inputs:
+    """Gaussian frames, and the layer as ``nn.Conv1d`` initializes it."""
+    torch.manual_seed(0)
+    s = point.sizes
+    conv = nn.Conv1d(s["C"], s["N"], s["k"], s["stride"], s["padding"], groups=s["g"])
+    return Inputs(conv.requires_grad_(False), torch.randn(1, s["C"], s["T"]))
+
+
+def cost(point: Point) -> Cost:
+    """Of float32 inputs and outputs."""
+    s, T_out = point.sizes, frames_out(point.sizes)
+    flops = 2 * T_out * s["N"] * s["k"] * s["C"] // s["g"]
+    return Cost(flops, bytes=4 * (s["C"] * s["T"] + s["N"] * T_out))
+
+
+def float32(inputs: Inputs) -> Prepared:
+    """``nn.Conv1d`` on channel-first memory, as the models hold it."""
+    conv, x = inputs.conv, inputs.x
+    stored = conv.weight.nbytes + conv.bias.nbytes
+    return Prepared(lambda: conv(x), float32_error(conv.weight[0].numel()), weight_bytes=stored)
+
+
+def ours(inputs: Inputs, int8: bool) -> Prepared:
+    """A 4-bit QConv1d on channel-last memory, as chained layers keep it."""
+    spec = QuantSpec(bits=4, inputs="int8" if int8 else None)
+    layer = QConv1d.from_float(inputs.conv, spec)
+    x = inputs.x.transpose(1, 2).contiguous().transpose(1, 2)
+    twin = layer.to_float()
+    bound = float32_error(layer.K) + (int8_input_error(x, (1, 2)) if int8 else 0)
+    stored = layer.quantized_weight().nbytes + inputs.conv.bias.nbytes
+    return Prepared(lambda: layer(x), bound, lambda: twin(inputs.x), stored)
+
+
+CONV1D_CPU = Case(
+    name="conv1d_cpu",
+    title="Convolutions, speed against float32",
+    points=CONV1D,
+    make_inputs=make_inputs,
+    providers=(
+        Provider("float32", float32),
+        Provider("lowbit w4, int8 inputs", lambda inputs: ours(inputs, int8=True)),
+        Provider("lowbit w4, float inputs", lambda inputs: ours(inputs, int8=False)),
+    ),
+    baseline="float32",
+    cost=cost,
+)

@@ -1,0 +1,170 @@
+"""A whole wav2vec2-base encoder on ten seconds of audio: random weights, real shapes.
+
+Dimension key: B batch, T samples.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.harness import Case, Cost, Point, Prepared, Provider, Row
+from bench.memory import peak_memory
+from bench.peers import (
+    ONNXRUNTIME,
+    OPENVINO,
+    dynamic_int8,
+    dynamic_int8_bytes,
+    onnxruntime_int8,
+    openvino_int8,
+)
+from bench.shapes import SAMPLE_RATE, SECONDS
+from lowbit_kernels import QuantConfig, dequantize, quantize
+from lowbit_kernels.cpu.resident import resident_bytes
+
+# float32 sums in another order, through 12 layers
+FLOAT32_ERROR = 1e-4
+# int8 inputs of some 80 layers leave 1 % each, in quadrature 9 %
+INT8_ERROR = 0.2
+
+
+def float32_model() -> nn.Module:
+    """wav2vec2-base with seeded random weights and PyTorch's fused attention, in eval mode."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    model: nn.Module = Wav2Vec2Model(Wav2Vec2Config(attn_implementation="sdpa"))
+    return model.eval().requires_grad_(False)
+
+
+def make_inputs(point: Point) -> Tensor:
+    """Noise of unit variance [B, T], as a feature extractor normalizes audio."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(point.sizes["B"], point.sizes["T"], generator=generator)
+
+
+@functools.cache
+def cost(point_sizes: tuple[int, int]) -> Cost:
+    """Counted on the meta device; bytes of the audio and of the frames."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = float32_model().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        frames = model(torch.empty(*point_sizes, device="meta")).last_hidden_state
+    B, T = point_sizes
+    return Cost(counter.get_total_flops(), bytes=4 * (B * T + frames.numel()))
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def _call(model: nn.Module, audio: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        frames: Tensor = model(audio).last_hidden_state
+        return frames
+
+    return call
+
+
+def float32(audio: Tensor) -> Prepared:
+    """Eager, with scaled_dot_product_attention."""
+    model = float32_model()
+    return Prepared(_call(model, audio), FLOAT32_ERROR, weight_bytes=stored_bytes(model))
+
+
+def compiled(audio: Tensor) -> Prepared:
+    """``torch.compile`` of the float32 model."""
+    model = float32_model()
+    run = torch.compile(model, fullgraph=True)
+    return Prepared(_call(run, audio), FLOAT32_ERROR, weight_bytes=stored_bytes(model))
+
+
+def quantize_dynamic(audio: Tensor) -> Prepared:
+    """PyTorch's dynamic int8 linear layers."""
+    model = dynamic_int8(float32_model())
+    return Prepared(_call(model, audio), INT8_ERROR, weight_bytes=dynamic_int8_bytes(model))
+
+
+def ours(audio: Tensor, config: QuantConfig, max_error: float) -> Prepared:
+    """Right if it computes what a float32 model with the stored weights does."""
+    model = float32_model()
+    quantize(model, config)
+    stored = stored_bytes(model)
+
+    def expected() -> Tensor:
+        return _call(dequantize(copy.deepcopy(model)), audio)()
+
+    def facts() -> Row:
+        buffers = dict(model.named_buffers())
+        packed = [t for name, t in buffers.items() if name.endswith("qweight")]
+        return {"resident_bytes": stored + sum(resident_bytes(t) for t in packed)}
+
+    return Prepared(_call(model, audio), max_error, expected, stored, facts)
+
+
+def fast(audio: Tensor, bits: int = 4) -> Prepared:
+    """The preset for speed."""
+    return ours(audio, QuantConfig.fast(bits), INT8_ERROR)
+
+
+def small(audio: Tensor) -> Prepared:
+    """The preset for the least error."""
+    return ours(audio, QuantConfig.small(), FLOAT32_ERROR)
+
+
+class _LastHiddenState(nn.Module):
+    """A model with one output, as exporters like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = float32_model()
+
+    def forward(self, audio: Tensor) -> Tensor:
+        frames: Tensor = self.model(audio).last_hidden_state
+        return frames
+
+
+def exported(audio: Tensor, export: Callable[[nn.Module, Tensor], Any]) -> Prepared:
+    """A peer with its own runtime."""
+    call, nbytes = export(_LastHiddenState().eval(), audio)
+    return Prepared(call, INT8_ERROR, weight_bytes=nbytes)
+
+
+def probe(point: Point, provider: Provider) -> Row:
+    """Peak memory, from a process of its own."""
+    return peak_memory("encoder_cpu", point.name, provider.name)
+
+
+ENCODER_CPU = Case(
+    name="encoder_cpu",
+    title="wav2vec2-base, 10 s of audio, random weights",
+    points=tuple(
+        Point(f"batch {B}", {"B": B, "T": SECONDS * SAMPLE_RATE}, "wav2vec2-base") for B in (1, 4)
+    ),
+    make_inputs=make_inputs,
+    providers=(
+        Provider("float32 eager", float32),
+        Provider("float32 torch.compile", compiled, slow=True),
+        Provider("quantize_dynamic int8", quantize_dynamic),
+        Provider(
+            "onnxruntime int8", lambda audio: exported(audio, onnxruntime_int8), needs=ONNXRUNTIME
+        ),
+        Provider(
+            "OpenVINO + NNCF int8", lambda audio: exported(audio, openvino_int8), needs=OPENVINO
+        ),
+        Provider("lowbit fast()", fast),
+        # the same bits as the int8 peers
+        Provider("lowbit fast(bits=8)", lambda audio: fast(audio, bits=8)),
+        Provider("lowbit small()", small),
+    ),
+    baseline="float32 eager",
+    cost=lambda point: cost((point.sizes["B"], point.sizes["T"])),
+    layout="providers",
+    weight=3.0,
+    probe=probe,
+)

@@ -1,0 +1,253 @@
+"""What a benchmark case is, and how one is run: correctness first, then time, then a record.
+
+A case is data: points (shapes with their origin), providers (ours and the peers), a baseline and a
+cost. ``run_case`` owns everything else, so that every case is measured in the same way.
+"""
+
+import gc
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench.timing import Call, Spread, time_side_by_side, timer_for
+
+Row = dict[str, Any]
+# how the report shows a case: a row a provider, a row a point, or one line a value
+Layout = Literal["providers", "points", "values"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape of a case.
+
+    Args:
+        name: unique in the case.
+        sizes: the dimensions.
+        origin: the model and layer that has this shape.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What any implementation must do at least.
+
+    Args:
+        flops: floating-point (or integer) operations, two a multiply-add.
+        bytes: of inputs and outputs; the weight is counted as each provider stores it.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider ready to be timed at one point.
+
+    Args:
+        call: runs it once and returns the result.
+        max_error: the largest relative error (Frobenius norm) that is not a bug.
+        expected: what ``call`` must return to within ``max_error``; None: the baseline's result.
+        weight_bytes: of the weights as stored.
+        facts: further numbers for the record, read after the timing.
+    """
+
+    call: Callable[[], Tensor]
+    max_error: float
+    expected: Callable[[], Tensor] | None = None
+    weight_bytes: int = 0
+    facts: Callable[[], Row] = dict
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation.
+
+    Args:
+        name: as shown in tables.
+        prepare: makes it ready for a case's inputs.
+        needs: modules it imports, to the pip package that brings each; empty: nothing optional.
+        slow: takes minutes to prepare, so it runs only when asked for.
+    """
+
+    name: str
+    prepare: Callable[[Any], Prepared]
+    needs: Mapping[str, str] = field(default_factory=dict)
+    slow: bool = False
+
+    @property
+    def missing(self) -> list[str]:
+        """The pip packages that are not installed."""
+        return [pip for module, pip in self.needs.items() if not importlib.util.find_spec(module)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Providers timed side by side over some points.
+
+    Args:
+        name: on the command line, and of the JSON file.
+        title: one line for the report.
+        points: the shapes.
+        make_inputs: what the providers share at a point.
+        providers: with the baseline among them.
+        baseline: name of the provider that ratios refer to.
+        cost: of a point.
+        layout: ``"providers"`` or ``"points"``.
+        weight: share of a sitting's time, relative to the other cases.
+        device: ``"cpu"`` or ``"cuda"``.
+        probe: numbers about a (point, provider) that are measured apart, in a process of their own.
+    """
+
+    name: str
+    title: str
+    points: tuple[Point, ...]
+    make_inputs: Callable[[Point], Any]
+    providers: tuple[Provider, ...]
+    baseline: str
+    cost: Callable[[Point], Cost]
+    layout: Layout = "points"
+    weight: float = 1.0
+    device: str = "cpu"
+    probe: Callable[[Point, Provider], Row] | None = None
+
+    def provider(self, name: str) -> Provider:
+        """The provider called ``name``."""
+        return next(p for p in self.providers if p.name == name)
+
+    def point(self, name: str) -> Point:
+        """The point called ``name``."""
+        return next(p for p in self.points if p.name == name)
+
+
+@dataclass(frozen=True)
+class ValueCase:
+    """A few numbers that are no comparison of kernels.
+
+    Args:
+        name, title, weight: as in ``Case``.
+        measure: returns rows of ``{"name", "value", "unit"}``, with ``"q1"`` and ``"q3"`` where the
+            value is a median, and ``"goal"`` where there is one.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[], list[Row]]
+    weight: float = 0.1
+    device: str = "cpu"
+    layout: Layout = "values"
+
+
+def run_case(case: Case | ValueCase, seconds: float, slow: bool = False) -> Row:
+    """Run a case and return its part of the record.
+
+    Args:
+        case: what to run.
+        seconds: to spend on timing; preparing and probing come on top.
+        slow: whether providers marked slow run too.
+    """
+    record: Row = {"case": case.name, "title": case.title, "layout": case.layout}
+    if isinstance(case, ValueCase):
+        return record | {"results": case.measure()}
+    rows: list[Row] = []
+    for point in case.points:
+        started = time.perf_counter()
+        rows += _run_point(case, point, seconds / len(case.points), slow)
+        _say(f"{case.name} {point.name}: {time.perf_counter() - started:.0f} s")
+    return record | {"baseline": case.baseline, "results": rows}
+
+
+def _run_point(case: Case, point: Point, seconds: float, slow: bool) -> list[Row]:
+    inputs, cost = case.make_inputs(point), case.cost(point)
+    rows: dict[str, Row] = {}
+    ready: dict[str, Prepared] = {}
+    # the baseline goes first: the others are checked against it
+    providers = sorted(case.providers, key=lambda p: p.name != case.baseline)
+    baseline_result: Tensor | None = None
+    for provider in providers:
+        row = rows[provider.name] = {"point": point.name, "origin": point.origin}
+        row |= {"sizes": point.sizes, "provider": provider.name}
+        if provider.missing:
+            row |= {"status": "missing", "reason": f"pip install {' '.join(provider.missing)}"}
+        elif provider.slow and not slow:
+            row |= {"status": "skipped", "reason": "slow to prepare: add --slow"}
+        else:
+            prepared, result, verdict = _prepare(provider, inputs, baseline_result)
+            row |= verdict
+            if verdict["status"] == "ok":
+                ready[provider.name] = prepared
+                baseline_result = result if baseline_result is None else baseline_result
+    if case.baseline not in ready:
+        raise RuntimeError(f"{case.name} {point.name}: the baseline failed: {rows[case.baseline]}")
+    with torch.inference_mode():
+        calls: dict[str, Call] = {name: prepared.call for name, prepared in ready.items()}
+        samples = time_side_by_side(calls, timer_for(case.device), seconds)
+    for name, prepared in ready.items():
+        rows[name] |= _rates(samples[name], samples[case.baseline], cost, prepared)
+        rows[name] |= prepared.facts()
+    del calls, ready, baseline_result
+    gc.collect()
+    if case.probe is not None:
+        for name in samples:
+            rows[name] |= case.probe(point, case.provider(name))
+    return [rows[provider.name] for provider in case.providers]
+
+
+def _prepare(
+    provider: Provider, inputs: Any, baseline_result: Tensor | None
+) -> tuple[Any, Any, Row]:
+    """The prepared provider, its result, and whether that result is right."""
+    try:
+        prepared = provider.prepare(inputs)
+        with torch.inference_mode():
+            result = prepared.call().clone()
+            expected = prepared.expected() if prepared.expected else baseline_result
+    except Exception as error:
+        _say(f"{provider.name} failed: {error}")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return None, None, {"status": "failed", "reason": reason}
+    error = relative_error(result, result if expected is None else expected)
+    verdict: Row = {"status": "ok", "error": error, "max_error": prepared.max_error}
+    if baseline_result is not None:
+        verdict["error_vs_baseline"] = relative_error(result, baseline_result)
+    # written so that NaN is wrong
+    if not error <= prepared.max_error:
+        verdict["status"] = "wrong"
+        verdict["reason"] = f"relative error {error:.2e}, allowed {prepared.max_error:.2e}"
+        _say(f"{provider.name} is wrong: {verdict['reason']}")
+    return prepared, result, verdict
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of ``expected``; inf for another shape."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm())
+
+
+def _rates(samples: list[float], baseline: list[float], cost: Cost, prepared: Prepared) -> Row:
+    spread = Spread.of(samples)
+    # a ratio a round: what slows the machine for a moment slows both
+    ratio = Spread.of([b / s for b, s in zip(baseline, samples, strict=True)])
+    return {
+        "seconds": asdict(spread),
+        "ratio": asdict(ratio),
+        "gflop_per_s": cost.flops / spread.median / 1e9,
+        "gb_per_s": (cost.bytes + prepared.weight_bytes) / spread.median / 1e9,
+        "weight_bytes": prepared.weight_bytes,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,178 @@
+"""Plots of the results, drawn from the JSON files alone."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.harness import Row
+from bench.record import Record
+
+# a color-blind safe palette (Okabe and Ito); ours stand out, the baseline recedes
+OURS = ("#D55E00", "#0072B2", "#009E73")
+PEERS = ("#56B4E9", "#CC79A7", "#E69F00", "#F0E442")
+BASELINE = "#8A8F98"
+INK, FAINT = "#22262B", "#D9DCE1"
+
+STYLE = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+}
+
+
+def draw(record: Record, results: Path) -> Path | None:
+    """Draw a record as PNG beside its JSON; None for a case of single values."""
+    if record["layout"] == "values":
+        return None
+    with plt.rc_context(STYLE):
+        figure = _bars(record) if record["layout"] == "providers" else _dots(record)
+        path = results / record["device"]["slug"] / f"{record['case']}.png"
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+        plt.close(figure)
+    return path
+
+
+def colors(record: Record) -> dict[str, str]:
+    """One color a provider, the same in every plot of the record."""
+    ours, peers, chosen = iter(OURS), iter(PEERS), {}
+    for name in dict.fromkeys(row["provider"] for row in record["results"]):
+        if name == record["baseline"]:
+            chosen[name] = BASELINE
+        else:
+            chosen[name] = next(ours if name.startswith("lowbit") else peers)
+    return chosen
+
+
+def _timed(record: Record) -> list[Row]:
+    return [row for row in record["results"] if row["status"] == "ok"]
+
+
+def _title(figure: Figure, record: Record, top: float) -> None:
+    device = record["device"]
+    figure.text(0.0, top, record["title"], ha="left", va="bottom", size=12, weight="bold")
+    subtitle = (
+        f"{device['name']} ({device['slug']}), torch {record['versions']['torch']}, "
+        f"commit {record['commit'][:10]}, {record['date'][:10]}"
+    )
+    figure.text(0.0, top - 0.012, subtitle, ha="left", va="top", size=7.5, color="#5B616A")
+
+
+def _bars(record: Record) -> Figure:
+    """A row of panels a point: time with quartiles, and peak memory."""
+    palette, rows = colors(record), _timed(record)
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    height = 0.75 + 0.36 * len(palette)
+    figure, panels = plt.subplots(
+        len(points), 2, figsize=(9, height * len(points)), squeeze=False,
+        gridspec_kw={"wspace": 0.08, "hspace": 0.55, "width_ratios": (3, 2)},
+    )  # fmt: skip
+    for (left, right), point in zip(panels, points, strict=True):
+        mine = [row for row in rows if row["point"] == point][::-1]
+        _time_bars(left, mine, palette, record["baseline"])
+        _memory_bars(right, mine, palette)
+        left.set_title(point, loc="left", size=9.5, weight="bold")
+    panels[0][1].set_title("peak memory beside the libraries", loc="left", size=9)
+    inches = figure.get_figheight()
+    figure.subplots_adjust(left=0, right=1, top=1 - 0.75 / inches, bottom=0)
+    _title(figure, record, 1 - 0.2 / inches)
+    return figure
+
+
+def _time_bars(axes: Axes, rows: list[Row], palette: dict[str, str], baseline: str) -> None:
+    ms = [1000 * row["seconds"]["median"] for row in rows]
+    low = [m - 1000 * row["seconds"]["q1"] for m, row in zip(ms, rows, strict=True)]
+    high = [1000 * row["seconds"]["q3"] - m for m, row in zip(ms, rows, strict=True)]
+    names = [row["provider"] for row in rows]
+    axes.barh(
+        names, ms, height=0.66, color=[palette[name] for name in names],
+        xerr=(low, high), error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
+    )  # fmt: skip
+    for y, (row, value, up) in enumerate(zip(rows, ms, high, strict=True)):
+        label = f"{value:,.0f} ms"
+        if row["provider"] != baseline:
+            label += f"   {row['ratio']['median']:.2f}x"
+        axes.text(value + up, y, f"  {label}", va="center", size=8)
+    axes.set_xlim(0, 1.3 * max(m + h for m, h in zip(ms, high, strict=True)))
+    axes.set_xlabel("milliseconds, median and quartiles; speed-up over " + baseline, size=8)
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if row["provider"].startswith("lowbit") else "normal")
+
+
+def _memory_bars(axes: Axes, rows: list[Row], palette: dict[str, str]) -> None:
+    mb = [row.get("peak_bytes", 0) / 1e6 for row in rows]
+    axes.barh(range(len(rows)), mb, height=0.66, color=[palette[r["provider"]] for r in rows])
+    for y, value in enumerate(mb):
+        axes.text(
+            value, y, f"  {value:,.0f} MB" if value else "  not measured", va="center", size=8
+        )
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.3 * max([*mb, 1]))
+    axes.set_xlabel("MB", size=8)
+
+
+def _dots(record: Record) -> Figure:
+    """A line a point, a dot a provider, at its speed-up over the baseline."""
+    palette, rows = colors(record), _timed(record)
+    points = list(dict.fromkeys(row["point"] for row in rows))[::-1]
+    inches = 1.7 + 0.33 * len(points)
+    figure, axes = plt.subplots(figsize=(9, inches))
+    for name in palette:
+        if name == record["baseline"]:
+            continue
+        mine = [row for row in rows if row["provider"] == name]
+        x = [row["ratio"]["median"] for row in mine]
+        y = [points.index(row["point"]) for row in mine]
+        spread = [
+            [m - row["ratio"]["q1"] for m, row in zip(x, mine, strict=True)],
+            [row["ratio"]["q3"] - m for m, row in zip(x, mine, strict=True)],
+        ]
+        ours = name.startswith("lowbit")
+        axes.errorbar(
+            x, y, xerr=spread, fmt="o" if ours else "D", markersize=7 if ours else 5,
+            color=palette[name], elinewidth=1.2, label=name, markeredgecolor="white", zorder=3,
+        )  # fmt: skip
+    axes.axvline(1, color=BASELINE, linewidth=1.4, zorder=1)
+    axes.text(1, len(points) - 0.45, f" {record['baseline']}", size=8, color="#5B616A")
+    origin = {row["point"]: row["origin"] for row in rows}
+    axes.set_yticks(range(len(points)), [f"{origin[p]}   {p}" for p in points])
+    axes.set_ylim(-0.6, len(points) - 0.1)
+    axes.set_xscale("log", base=2)
+    _log_ticks(axes, [row["ratio"]["median"] for row in rows])
+    axes.set_xlabel("speed-up (log scale; right of the line is faster)", size=8)
+    axes.legend(
+        frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderpad=0,
+        handletextpad=0.3,
+    )  # fmt: skip
+    figure.subplots_adjust(left=0, right=1, top=1 - 1.0 / inches, bottom=0)
+    _title(figure, record, 1 - 0.35 / inches)
+    return figure
+
+
+def _log_ticks(axes: Axes, ratios: list[float]) -> None:
+    ticks = [2.0**i for i in range(-6, 7)]
+    low, high = min([*ratios, 1]) / 1.25, max([*ratios, 1]) * 1.25
+    shown = [tick for tick in ticks if low / 1.6 <= tick <= high * 1.6]
+    axes.set_xticks(shown, [f"{tick:g}x" for tick in shown])
+    axes.minorticks_off()
+    axes.set_xlim(low, high)

@@ -1,0 +1,108 @@
+"""What a result says about where it was measured, and where it is kept."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit_kernels.cpu.library import cpu_backend
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "transformers", "lowbit-kernels")
+# what is measured; results and README change without making a measurement stale
+MEASURED = ("kernels", "bench", ":!bench/results")
+
+Record = dict[str, Any]
+
+
+def device_slug(device: str, threads: int) -> str:
+    """A folder name for a device: ``cpu-avx512-vnni-2t``, ``cuda-nvidia-h200``."""
+    if device == "cuda":
+        return "cuda-" + _slug(torch.cuda.get_device_name())
+    parts = ["cpu", _slug(torch.backends.cpu.get_cpu_capability())]
+    parts += ["vnni"] if torch.cpu._is_vnni_supported() else []
+    parts += ["amx"] if torch.cpu._is_amx_tile_supported() else []
+    return "-".join([*parts, f"{threads}t"])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def environment(device: str, threads: int, command: str) -> Record:
+    """Device, versions, commit, date and command, as every result carries them."""
+    return {
+        "device": _device(device, threads),
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def _device(device: str, threads: int) -> Record:
+    slug = device_slug(device, threads)
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        return {"type": device, "slug": slug, "name": name, "capability": f"sm_{major}{minor}"}
+    return {
+        "type": device,
+        "slug": slug,
+        "name": _cpu_name(),
+        "threads": threads,
+        "backend": cpu_backend(),
+        # of the last minute, before the run: other work on the machine makes timings worthless
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = info.exists() and re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit of the measured code, ``-dirty`` if files differ; ``unknown`` outside git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", *MEASURED)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def write(record: Record, results: Path = RESULTS) -> Path:
+    """Write a result to ``<results>/<device>/<case>.json`` and return the path."""
+    path = results / record["device"]["slug"] / f"{record['case']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def read_all(results: Path = RESULTS) -> list[Record]:
+    """Every result there is, by device and case."""
+    return [json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))]

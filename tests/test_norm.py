@@ -1,0 +1,382 @@
+"""masked_group_norm and norm_quantize: kernels against references, gradients, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+
+from lowbit_kernels.norm import (
+    masked_group_norm,
+    masked_group_norm_reference,
+    norm_quantize,
+    norm_quantize_reference,
+)
+from lowbit_kernels.norm.group_norm_kernel import (
+    BLOCK_T,
+    masked_group_norm_backward_triton,
+    masked_group_norm_triton,
+)
+from lowbit_kernels.norm.norm_quantize_kernel import (
+    MAX_PROGRAMS,
+    norm_quantize_backward_triton,
+    norm_quantize_triton,
+)
+from lowbit_kernels.testing import assert_as_accurate
+
+EPS = 1e-5
+DTYPES = [
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter lacks bf16
+]
+GROUP_SHAPES = [  # B, C, T, G, lengths
+    pytest.param(2, 4, BLOCK_T, 4, None, id="whole-tiles"),
+    pytest.param(2, 3, 2 * BLOCK_T + 5, 3, (2 * BLOCK_T + 1, BLOCK_T + 7), id="ragged"),
+    pytest.param(3, 6, 37, 2, (37, 1, 0), id="length-0-and-1"),
+    pytest.param(2, 6, 9, 1, (4, 9), id="one-group"),
+    pytest.param(1, 4, 1, 2, None, id="one-frame"),
+    pytest.param(
+        4, 512, 31_999, 512, (31_999, 1, 0, 20_000), id="wav2vec2-base", marks=pytest.mark.gpu
+    ),
+]
+ROW_SHAPES = [
+    pytest.param((4, 128), id="whole-tiles"),
+    pytest.param((3, 5, 100), id="ragged"),
+    pytest.param((1, 1), id="one-feature"),
+    pytest.param((7,), id="one-row"),
+    pytest.param((MAX_PROGRAMS + 3, 8), id="several-rows-a-program"),
+    pytest.param((8, 499, 768), id="wav2vec2-base", marks=pytest.mark.gpu),
+]
+
+
+def make_group_inputs(B, C, T, dtype, device):
+    """x with a mean far from 0, weight, bias and the gradient of the output."""
+    x = torch.randn(B, T, C, dtype=dtype, device=device).transpose(1, 2) + 3
+    weight, bias = torch.randn(2, C, dtype=dtype, device=device)
+    return x, weight, bias, torch.randn(B, C, T, dtype=dtype, device=device)
+
+
+def group_norm_reference(x, weight, bias, grad, lengths, num_groups, dtype):
+    """The output and the gradients, computed in ``dtype`` by autograd."""
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (x, weight, bias)]
+    y = masked_group_norm_reference(*leaves, lengths, num_groups, EPS)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+
+def group_norm_kernels(x, weight, bias, grad, lengths, num_groups):
+    y, mean, rstd = masked_group_norm_triton(x, weight, bias, lengths, num_groups, EPS)
+    return [
+        y,
+        *masked_group_norm_backward_triton(
+            grad, x, weight, bias, mean, rstd, lengths, num_groups
+        ),
+    ]  # fmt: skip
+
+
+def assert_group_norm_as_accurate(actual, arguments, dtype):
+    # PyTorch computes statistics in fp32 whatever the input
+    low = [x.to(dtype) for x in group_norm_reference(*arguments, torch.float32)]
+    high = group_norm_reference(*arguments, torch.float64)
+    for name, *tensors in zip(("y", "dx", "dweight", "dbias"), actual, low, high, strict=True):
+        assert_as_accurate(*tensors, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "C", "T", "G", "lengths"), GROUP_SHAPES)
+def test_group_norm_kernels_are_as_accurate_as_torch(B, C, T, G, lengths, dtype, device):
+    x, weight, bias, grad = make_group_inputs(B, C, T, dtype, device)
+    lengths = None if lengths is None else torch.tensor(lengths, device=device)
+    arguments = (x, weight, bias, grad, lengths, G)
+    assert_group_norm_as_accurate(group_norm_kernels(*arguments), arguments, dtype)
+
+
+def test_group_norm_kernels_zero_padding_whatever_it_holds(device):
+    x, weight, bias, grad = make_group_inputs(2, 4, 30, torch.float32, device)
+    lengths = torch.tensor([30, 11], device=device)
+    clean = group_norm_kernels(x, weight, bias, grad, lengths, 2)
+    x[1, :, 11:] = torch.nan
+    grad[1, :, 11:] = torch.nan
+    for actual, expected in zip(
+        group_norm_kernels(x, weight, bias, grad, lengths, 2), clean, strict=True
+    ):
+        assert torch.equal(actual, expected)
+    assert (clean[0][1, :, 11:] == 0).all()
+    assert (clean[1][1, :, 11:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_groups", [1, 3, 6])
+@pytest.mark.parametrize("lengths", [None, (9, 5, 1, 0)])
+def test_group_norm_op_is_as_accurate_as_torch(lengths, num_groups, dtype, device):
+    x, weight, bias, grad = make_group_inputs(4, 6, 9, dtype, device)
+    lengths = None if lengths is None else torch.tensor(lengths, device=device, dtype=torch.int32)
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    y = masked_group_norm(*leaves, lengths=lengths, num_groups=num_groups)
+    actual = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+    arguments = (x, weight, bias, grad, lengths, num_groups)
+    assert_group_norm_as_accurate(actual, arguments, dtype)
+
+
+@pytest.mark.parametrize("lengths", [None, (12, 12)])
+def test_group_norm_equals_torch_when_nothing_is_padded(lengths, device):
+    x, weight, bias, _ = make_group_inputs(2, 6, 12, torch.float32, device)
+    lengths = None if lengths is None else torch.tensor(lengths, device=device)
+    assert_as_accurate(
+        actual=masked_group_norm(x, weight, bias, lengths=lengths, num_groups=3),
+        low=F.group_norm(x, 3, weight, bias),
+        high=F.group_norm(x.double(), 3, weight.double(), bias.double()),
+    )
+
+
+def test_group_norm_of_a_padded_batch_equals_single_utterances(device):
+    x, weight, bias, _ = make_group_inputs(2, 6, 50, torch.float32, device)
+    lengths = torch.tensor([50, 31], device=device)
+    y = masked_group_norm(x, weight, bias, lengths=lengths, num_groups=6)
+    alone = x[1:, :, :31]
+    assert_as_accurate(
+        actual=y[1:, :, :31],
+        low=F.group_norm(alone, 6, weight, bias),
+        high=F.group_norm(alone.double(), 6, weight.double(), bias.double()),
+    )
+
+
+def test_group_norm_gradient_matches_finite_differences():
+    x, weight, bias, _ = make_group_inputs(3, 4, 5, torch.float64, "cpu")
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    lengths = torch.tensor([5, 2, 0])
+    torch.autograd.gradcheck(
+        lambda *leaves: masked_group_norm(*leaves, lengths=lengths, num_groups=2), leaves
+    )
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_group_norm_is_registered_correctly(permuted, device):
+    x, weight, bias, grad = make_group_inputs(2, 4, 6, torch.float32, device)
+    x = x if permuted else x.contiguous()
+    lengths = torch.tensor([6, 2], device=device)
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.lowbit.masked_group_norm.default, (*leaves, lengths, 2, EPS))
+    _, mean, rstd = torch.ops.lowbit.masked_group_norm.default(x, weight, bias, lengths, 2, EPS)
+    torch.library.opcheck(
+        torch.ops.lowbit.masked_group_norm_backward.default,
+        (grad, x, weight, bias, mean, rstd, lengths, 2),
+    )
+
+
+def norm_inputs(shape, has_residual, dtype, device):
+    x = torch.randn(shape, dtype=dtype, device=device)
+    weight, bias = torch.randn(2, shape[-1], dtype=dtype, device=device)
+    return x, weight, bias, torch.randn_like(x) if has_residual else None
+
+
+def assert_quantized(q, scale, high, dtype):
+    """q * scale is the nearest level to ``high``, the LayerNorm in fp64."""
+    assert q.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    amax = high.abs().amax(-1, keepdim=True)
+    low = (amax / 127).to(torch.float32)
+    assert_as_accurate(
+        scale, torch.where(low == 0, 1.0, low), torch.where(amax == 0, 1, amax / 127)
+    )
+    # half a step, and the rounding of a normalization in fp32
+    bound = scale.double() * 0.5 + 16 * torch.finfo(torch.float32).eps * amax.clamp(min=1)
+    assert ((q * scale.double() - high).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("shape", ROW_SHAPES)
+def test_norm_quantize_kernels_are_as_accurate_as_torch(shape, has_residual, dtype, device):
+    x, weight, bias, residual = norm_inputs(shape, has_residual, dtype, device)
+    h, y, q, scale, mean, rstd = norm_quantize_triton(x, weight, bias, residual, EPS, True)
+    total = x + residual if has_residual else x
+    if has_residual:
+        assert torch.equal(h, total)
+    leaves = [leaf.double().requires_grad_() for leaf in (total, weight, bias)]
+    high = F.layer_norm(leaves[0], shape[-1:], leaves[1], leaves[2], EPS)
+    assert_quantized(q, scale, high.detach(), dtype)
+    assert torch.equal(y, (q * scale).to(dtype))
+
+    grad_y, grad_h = torch.randn_like(x), torch.randn_like(x) if has_residual else None
+    actual = norm_quantize_backward_triton(grad_y, grad_h, total, weight, bias, mean, rstd)
+    low_leaves = [leaf.float().detach().requires_grad_() for leaf in (total, weight, bias)]
+    low = F.layer_norm(low_leaves[0], shape[-1:], low_leaves[1], low_leaves[2], EPS)
+    wanted = []
+    for out, inputs in ((low, low_leaves), (high, leaves)):
+        grads = list(torch.autograd.grad(out, inputs, grad_y.to(out.dtype)))
+        if has_residual:
+            grads[0] = grads[0] + grad_h
+        wanted.append(grads)
+    for name, kernel, low_grad, high_grad in zip(("dh", "dw", "db"), actual, *wanted, strict=True):
+        assert_as_accurate(kernel, low_grad.to(dtype), high_grad, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_norm_quantize_op_equals_the_reference(has_residual, dtype):
+    x, weight, bias, residual = norm_inputs((3, 5, 20), has_residual, dtype, "cpu")
+    q, scale, h, y = norm_quantize(x, weight, bias, residual=residual, return_dequantized=True)
+    wanted_q, wanted_scale, wanted_h, _ = norm_quantize_reference(x, weight, bias, residual, EPS)
+    assert torch.equal(q, wanted_q)
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(h, wanted_h)
+    assert torch.equal(y, (q * scale).to(dtype))
+    plain = norm_quantize(x, weight, bias, residual=residual)
+    assert len(plain) == 3
+    assert torch.equal(plain[0], q)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_norm_quantize_gradient_is_that_of_layer_norm(has_residual, device):
+    inputs = norm_inputs((2, 7, 12), has_residual, torch.float64, "cpu")
+    leaves = [None if leaf is None else leaf.requires_grad_() for leaf in inputs]
+    x, weight, bias, residual = leaves
+    grad_y, grad_h = torch.randn(2, 2, 7, 12, dtype=torch.float64)
+    present = [leaf for leaf in leaves if leaf is not None]
+    _, _, h, y = norm_quantize(x, weight, bias, residual=residual, return_dequantized=True)
+    actual = torch.autograd.grad((y * grad_y).sum() + (h * grad_h).sum(), present)
+    total = x + residual if has_residual else x * 1
+    normalized = F.layer_norm(total, (12,), weight, bias)
+    wanted = torch.autograd.grad((normalized * grad_y).sum() + (total * grad_h).sum(), present)
+    for a, w in zip(actual, wanted, strict=True):
+        assert_as_accurate(a, w, w)
+
+
+def test_integers_carry_no_gradient_but_the_residual_stream_does():
+    x, weight, bias, residual = norm_inputs((2, 8), True, torch.float32, "cpu")
+    x.requires_grad_()
+    q, scale, h = norm_quantize(x, weight, bias, residual=residual)
+    assert not q.requires_grad
+    assert not scale.requires_grad
+    h.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["op", "kernel"])
+def test_rows_of_zeros_and_rows_that_are_not_finite(triton, device):
+    x = torch.randn(4, 8, device=device)
+    x[0] = 2.5  # constant: normalizes to zeros
+    x[1, 3], x[2, 3] = torch.nan, torch.inf
+    weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+    if triton:
+        _, _, q, scale, _, _ = norm_quantize_triton(x, weight, bias, None, EPS, False)
+    else:
+        q, scale, _ = norm_quantize(x, weight, bias)
+    assert (q[0] == 0).all()
+    assert scale[0] == 1
+    assert scale[1:3].isnan().all()
+    assert q[3].abs().max() == 127
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("return_dequantized", [False, True])
+def test_norm_quantize_is_registered_correctly(return_dequantized, permuted, device):
+    x, weight, bias, residual = norm_inputs((4, 3, 8), True, torch.float32, device)
+    if permuted:
+        x, residual = x.transpose(0, 1), residual.transpose(0, 1)
+    op = torch.ops.lowbit.norm_quantize.default
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias, residual)]
+    torch.library.opcheck(op, (*leaves, EPS, return_dequantized))
+    torch.library.opcheck(op, (*leaves[:3], None, EPS, return_dequantized))
+    h, _, _, _, mean, rstd = op(x, weight, bias, residual, EPS, False)
+    torch.library.opcheck(
+        torch.ops.lowbit.norm_quantize_backward.default,
+        (torch.randn_like(h), h, h, weight, bias, mean, rstd),
+    )
+
+
+def test_kernels_return_the_same_bits_every_time(device):
+    x, weight, bias, grad = make_group_inputs(2, 4, 40, torch.float32, device)
+    arguments = (x, weight, bias, grad, None, 2)
+    first, second = group_norm_kernels(*arguments), group_norm_kernels(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    rows, weight, bias, _ = norm_inputs((40, 16), False, torch.float32, device)
+    _, _, _, _, mean, rstd = norm_quantize_triton(rows, weight, bias, None, EPS, False)
+    arguments = (rows, None, rows, weight, bias, mean, rstd)
+    first = norm_quantize_backward_triton(*arguments)
+    second = norm_quantize_backward_triton(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)])
+def test_empty_batches_work(shape, device):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    weight, bias = torch.ones(4, device=device), torch.zeros(4, device=device)
+    masked_group_norm(x, weight, bias, lengths=None, num_groups=2).sum().backward()
+    assert x.grad.shape == shape
+    assert masked_group_norm_triton(x, weight, bias, None, 2, EPS)[0].shape == shape
+    rows = torch.randn(0, 4, device=device)
+    assert norm_quantize(rows, weight, bias)[1].shape == (0, 1)
+    assert norm_quantize_triton(rows, weight, bias, None, EPS, False)[3].shape == (0, 1)
+
+
+def test_compile_to_one_graph_for_three_lengths(device):
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def run(x, weight, bias, lengths):
+        y = masked_group_norm(x, weight, bias, lengths=lengths, num_groups=2)
+        q, scale, _ = norm_quantize(y.transpose(1, 2), weight, bias, residual=y.transpose(1, 2))
+        return q * scale
+
+    for T in (7, 9, 13):
+        x, weight, bias, _ = make_group_inputs(2, 4, T, torch.float32, device)
+        lengths = torch.tensor([T, 3], device=device)
+        assert run(x, weight, bias, lengths).shape == (2, T, 4)
+    assert counter.frame_count == 1
+
+
+X = torch.zeros(2, 4, 5)
+W = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X[0], W, W), {}, r"x must be \[B, C, T\], got shape \(4, 5\)"),
+        ((X.int(), W, W), {}, "x must be fp16, bf16 or fp32 .* got torch.int32"),
+        ((X, W[:3], W), {}, r"weight must be \[4\], got \[3\]"),
+        ((X, W, W.int()), {}, "bias must be floating point on cpu, got torch.int32"),
+        ((X, W, W), {"num_groups": 3}, "num_groups must divide the 4 channels, got 3"),
+        ((X, W, W), {"num_groups": 0}, "num_groups must divide the 4 channels, got 0"),
+        ((X, W, W), {"lengths": torch.ones(2)}, "lengths must be int32 or int64, got torch.float"),
+        ((X, W, W), {"lengths": torch.tensor([5])}, r"lengths must be \[2\] on cpu, got \[1\]"),
+    ],
+)
+def test_group_norm_names_wrong_arguments(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        masked_group_norm(*arguments, **{"lengths": None, "num_groups": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X.sum(), W, W), {}, r"x must be \[..., N\] with N >= 1, got shape \(\)"),
+        ((X.long(), W, W), {}, "x must be fp16, bf16 or fp32 .* got torch.int64"),
+        ((X, W, W), {}, r"weight must be \[5\], got \[4\]"),
+        ((X.mT, W, W), {"residual": X}, r"residual must be like x, .* got \(2, 4, 5\)"),
+        ((X.mT, W, W), {"residual": X.mT.half()}, "residual must be like x, .* torch.float16"),
+    ],
+)
+def test_norm_quantize_names_wrong_arguments(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        norm_quantize(*arguments, **options)
+
+
+def test_rows_too_long_for_a_gpu_are_refused(device):
+    x, weight, bias, _ = norm_inputs((1, 8193), False, torch.float32, device)
+    with pytest.raises(NotImplementedError, match="rows of up to 8192 features, got 8193"):
+        norm_quantize_triton(x, weight, bias, None, EPS, False)
+
+
+@pytest.mark.gpu
+def test_captured_graph_follows_the_lengths():
+    x, weight, bias, _ = make_group_inputs(2, 8, 5000, torch.float16, "cuda")
+    lengths = torch.tensor([5000, 70], device="cuda")
+    masked_group_norm(x, weight, bias, lengths=lengths, num_groups=8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = masked_group_norm(x, weight, bias, lengths=lengths, num_groups=8)
+    lengths.copy_(torch.tensor([9, 4000]))
+    graph.replay()
+    assert torch.equal(y, masked_group_norm(x, weight, bias, lengths=lengths, num_groups=8))
