@@ -1,16 +1,16 @@
 """``python -m bench``: list the cases, run some or all, turn the results into tables and plots."""
 
 import argparse
-import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from bench.cases import CASES
 from bench.harness import Case, ValueCase, run_case
-from bench.record import RESULTS, environment, write
+from bench.record import LOAD_BEFORE, RESULTS, commit, environment, write
 from bench.report import ReportError, write_report
 
 # other work that takes a quarter of a core already shows in the timings
@@ -75,12 +75,12 @@ def run(names: list[str], options: argparse.Namespace, command: str) -> None:
     """Run cases one after the other, each within its share of the time, and write their JSON."""
     torch.set_num_threads(options.threads)
     cases = [CASES[name] for name in names if _has_device(CASES[name])]
-    total = sum(case.weight for case in cases)
-    for case in cases:
+    _warn()
+    end = time.perf_counter() + 60 * options.minutes
+    for i, case in enumerate(cases):
         about = environment(case.device, options.threads, command)
-        _warn(about["commit"])
-        seconds = 60 * options.minutes * case.weight / total
-        record = run_case(case, seconds, options.slow)
+        share = case.weight / sum(other.weight for other in cases[i:])
+        record = run_case(case, share * (end - time.perf_counter()), options.slow)
         print(write(record | about, options.results))
 
 
@@ -91,12 +91,11 @@ def _has_device(case: Case | ValueCase) -> bool:
     return False
 
 
-def _warn(commit: str) -> None:
-    if "-dirty" in commit:
-        print("kernels/ or bench/ differ from the commit: README takes no such numbers",
-              file=sys.stderr)  # fmt: skip
-    if (load := os.getloadavg()[0]) > BUSY_LOAD:
-        print(f"load average {load:.2f}: timings need a quiet machine", file=sys.stderr)
+def _warn() -> None:
+    if "-dirty" in commit():
+        print("kernels/ or bench/ differ from the commit: not for README", file=sys.stderr)
+    if LOAD_BEFORE > BUSY_LOAD:
+        print(f"load average {LOAD_BEFORE:.2f}: timings need a quiet machine", file=sys.stderr)
 
 
 if __name__ == "__main__":

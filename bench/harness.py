@@ -4,7 +4,6 @@ A case is data: points (shapes with their origin), providers (ours and the peers
 cost. ``run_case`` owns everything else, so that every case is measured in the same way.
 """
 
-import gc
 import importlib.util
 import sys
 import time
@@ -153,21 +152,23 @@ def run_case(case: Case | ValueCase, seconds: float, slow: bool = False) -> Row:
 
     Args:
         case: what to run.
-        seconds: to spend on timing; preparing and probing come on top.
+        seconds: to spend; timing gets what preparing and probing leave of it.
         slow: whether providers marked slow run too.
     """
     record: Row = {"case": case.name, "title": case.title, "layout": case.layout}
     if isinstance(case, ValueCase):
         return record | {"results": case.measure()}
     rows: list[Row] = []
-    for point in case.points:
+    end = time.perf_counter() + seconds
+    for i, point in enumerate(case.points):
         started = time.perf_counter()
-        rows += _run_point(case, point, seconds / len(case.points), slow)
+        share = (end - started) / (len(case.points) - i)
+        rows += _run_point(case, point, started + share, slow)
         _say(f"{case.name} {point.name}: {time.perf_counter() - started:.0f} s")
     return record | {"baseline": case.baseline, "results": rows}
 
 
-def _run_point(case: Case, point: Point, seconds: float, slow: bool) -> list[Row]:
+def _run_point(case: Case, point: Point, end: float, slow: bool) -> list[Row]:
     inputs, cost = case.make_inputs(point), case.cost(point)
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
@@ -189,18 +190,25 @@ def _run_point(case: Case, point: Point, seconds: float, slow: bool) -> list[Row
                 baseline_result = result if baseline_result is None else baseline_result
     if case.baseline not in ready:
         raise RuntimeError(f"{case.name} {point.name}: the baseline failed: {rows[case.baseline]}")
+    if case.probe is not None:
+        for name in ready:
+            rows[name] |= _probe(case.probe, point, case.provider(name))
     with torch.inference_mode():
         calls: dict[str, Call] = {name: prepared.call for name, prepared in ready.items()}
-        samples = time_side_by_side(calls, timer_for(case.device), seconds)
+        samples = time_side_by_side(calls, timer_for(case.device), end)
     for name, prepared in ready.items():
         rows[name] |= _rates(samples[name], samples[case.baseline], cost, prepared)
         rows[name] |= prepared.facts()
-    del calls, ready, baseline_result
-    gc.collect()
-    if case.probe is not None:
-        for name in samples:
-            rows[name] |= case.probe(point, case.provider(name))
     return [rows[provider.name] for provider in case.providers]
+
+
+def _probe(probe: Callable[[Point, Provider], Row], point: Point, provider: Provider) -> Row:
+    """What the probe says, or why it could not: the times are worth keeping all the same."""
+    try:
+        return probe(point, provider)
+    except RuntimeError as error:
+        _say(str(error))
+        return {"probe_failed": str(error)}
 
 
 def _prepare(
@@ -232,8 +240,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of ``expected``; inf for another shape."""
     if actual.shape != expected.shape:
         return float("inf")
-    difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm())
+    wanted = expected.detach().double()
+    return float((actual.detach().double() - wanted).norm() / wanted.norm())
 
 
 def _rates(samples: list[float], baseline: list[float], cost: Cost, prepared: Prepared) -> Row:

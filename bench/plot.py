@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 
 from bench.harness import Row
 from bench.record import Record
+from bench.report import without_time
 
 # a color-blind safe palette (Okabe and Ito); ours stand out, the baseline recedes
 OURS = ("#D55E00", "#0072B2", "#009E73")
 PEERS = ("#56B4E9", "#CC79A7", "#E69F00", "#F0E442")
 BASELINE = "#8A8F98"
-INK, FAINT = "#22262B", "#D9DCE1"
+INK, MUTED, FAINT = "#22262B", "#5B616A", "#D9DCE1"
 
 STYLE = {
     "figure.dpi": 150,
@@ -75,27 +76,36 @@ def _title(figure: Figure, record: Record, top: float) -> None:
         f"{device['name']} ({device['slug']}), torch {record['versions']['torch']}, "
         f"commit {record['commit'][:10]}, {record['date'][:10]}"
     )
-    figure.text(0.0, top - 0.012, subtitle, ha="left", va="top", size=7.5, color="#5B616A")
+    below = top - 0.06 / figure.get_figheight()
+    figure.text(0.0, below, subtitle, ha="left", va="top", size=7.5, color=MUTED)
+
+
+def _footnote(figure: Figure, record: Record, top: float) -> None:
+    figure.text(0.0, top, "\n".join(without_time(record)), va="top", size=7.5, color=MUTED)
 
 
 def _bars(record: Record) -> Figure:
     """A row of panels a point: time with quartiles, and peak memory."""
     palette, rows = colors(record), _timed(record)
     points = list(dict.fromkeys(row["point"] for row in rows))
-    height = 0.75 + 0.36 * len(palette)
+    panel = 0.31 * len({row["provider"] for row in rows})
     figure, panels = plt.subplots(
-        len(points), 2, figsize=(9, height * len(points)), squeeze=False,
-        gridspec_kw={"wspace": 0.08, "hspace": 0.55, "width_ratios": (3, 2)},
+        len(points), 2, figsize=(9, 1.3 + (panel + 0.6) * len(points)), squeeze=False,
+        gridspec_kw={"wspace": 0.06, "hspace": 0.6 / panel, "width_ratios": (3, 2)},
     )  # fmt: skip
     for (left, right), point in zip(panels, points, strict=True):
         mine = [row for row in rows if row["point"] == point][::-1]
         _time_bars(left, mine, palette, record["baseline"])
         _memory_bars(right, mine, palette)
         left.set_title(point, loc="left", size=9.5, weight="bold")
-    panels[0][1].set_title("peak memory beside the libraries", loc="left", size=9)
+    panels[-1][0].set_xlabel(
+        f"milliseconds: median, quartiles, speed-up over {record['baseline']}", size=8
+    )
+    panels[-1][1].set_xlabel("peak memory on top of the libraries, MB", size=8)
     inches = figure.get_figheight()
-    figure.subplots_adjust(left=0, right=1, top=1 - 0.75 / inches, bottom=0)
-    _title(figure, record, 1 - 0.2 / inches)
+    figure.subplots_adjust(left=0, right=1, top=1 - 0.9 / inches, bottom=0.4 / inches)
+    _title(figure, record, 1 - 0.25 / inches)
+    _footnote(figure, record, -0.12 / inches)
     return figure
 
 
@@ -109,12 +119,11 @@ def _time_bars(axes: Axes, rows: list[Row], palette: dict[str, str], baseline: s
         xerr=(low, high), error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
     )  # fmt: skip
     for y, (row, value, up) in enumerate(zip(rows, ms, high, strict=True)):
-        label = f"{value:,.0f} ms"
-        if row["provider"] != baseline:
-            label += f"   {row['ratio']['median']:.2f}x"
-        axes.text(value + up, y, f"  {label}", va="center", size=8)
+        note = "" if row["provider"] == baseline else f"   {row['ratio']['median']:.2f}x"
+        weight = "bold" if row["provider"].startswith("lowbit") else "normal"
+        label = f"  {value:,.0f} ms{note}"
+        axes.text(value + up, y, label, va="center", size=8, weight=weight)
     axes.set_xlim(0, 1.3 * max(m + h for m, h in zip(ms, high, strict=True)))
-    axes.set_xlabel("milliseconds, median and quartiles; speed-up over " + baseline, size=8)
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row["provider"].startswith("lowbit") else "normal")
 
@@ -128,7 +137,6 @@ def _memory_bars(axes: Axes, rows: list[Row], palette: dict[str, str]) -> None:
         )
     axes.set_yticks([])
     axes.set_xlim(0, 1.3 * max([*mb, 1]))
-    axes.set_xlabel("MB", size=8)
 
 
 def _dots(record: Record) -> Figure:
@@ -152,8 +160,9 @@ def _dots(record: Record) -> Figure:
             x, y, xerr=spread, fmt="o" if ours else "D", markersize=7 if ours else 5,
             color=palette[name], elinewidth=1.2, label=name, markeredgecolor="white", zorder=3,
         )  # fmt: skip
+    axes.hlines(range(len(points)), 0, 1e3, color=FAINT, linewidth=0.5, zorder=0)
     axes.axvline(1, color=BASELINE, linewidth=1.4, zorder=1)
-    axes.text(1, len(points) - 0.45, f" {record['baseline']}", size=8, color="#5B616A")
+    axes.text(1, len(points) - 0.45, f" {record['baseline']}", size=8, color=MUTED)
     origin = {row["point"]: row["origin"] for row in rows}
     axes.set_yticks(range(len(points)), [f"{origin[p]}   {p}" for p in points])
     axes.set_ylim(-0.6, len(points) - 0.1)

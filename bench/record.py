@@ -20,6 +20,9 @@ PACKAGES = ("torch", "triton", "transformers", "lowbit-kernels")
 # what is measured; results and README change without making a measurement stale
 MEASURED = ("kernels", "bench", ":!bench/results")
 
+# of the minute before we started: other work on the machine makes timings worthless
+LOAD_BEFORE = os.getloadavg()[0]
+
 Record = dict[str, Any]
 
 
@@ -60,8 +63,7 @@ def _device(device: str, threads: int) -> Record:
         "name": _cpu_name(),
         "threads": threads,
         "backend": cpu_backend(),
-        # of the last minute, before the run: other work on the machine makes timings worthless
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average_before": round(LOAD_BEFORE, 2),
     }
 
 

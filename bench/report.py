@@ -1,7 +1,8 @@
 """Markdown tables for README, from the JSON files alone.
 
 Between ``<!-- bench:CASE -->`` and ``<!-- /bench -->`` README holds the tables of a case, one a
-device. ``write_report`` rewrites these blocks; ``stale_blocks`` says which of them no JSON gives.
+device; ``<!-- bench:CASE POINT -->`` those of one point. ``write_report`` rewrites these blocks;
+``stale_blocks`` says which of them no JSON gives.
 """
 
 import os
@@ -13,7 +14,7 @@ from bench.harness import Row
 from bench.record import RESULTS, ROOT, Record, read_all
 
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench:(\w+)(?: ([^\n]+))? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 REQUIRED = ("commit", "device", "command", "date", "versions")
 
 
@@ -37,7 +38,7 @@ def write_report(results: Path = RESULTS, readme: Path = README) -> list[Path]:
     if not records:
         raise ReportError(f"no results under {results}: run python -m bench all")
     text = readme.read_text()
-    fresh = BLOCK.sub(lambda m: m[1] + case_tables(m[2], records, results) + m[4], text)
+    fresh = BLOCK.sub(lambda m: m[1] + case_tables(m[2], records, results, m[3]) + m[5], text)
     written = [path for record in records if (path := draw(record, results)) is not None]
     if fresh != text:
         # renamed whole, so that a kill leaves a README
@@ -49,24 +50,44 @@ def write_report(results: Path = RESULTS, readme: Path = README) -> list[Path]:
 
 
 def stale_blocks(text: str, results: Path = RESULTS) -> list[str]:
-    """The cases whose block in ``text`` is not exactly what the JSON files give, and why."""
+    """What is wrong with each block of ``text`` that holds anything else than the JSON files give.
+
+    An empty block, waiting for its first measurement, is not wrong.
+    """
     records = read_all(results)
     problems = []
-    for _, name, body, _ in BLOCK.findall(text):
+    for _, name, point, body, _ in BLOCK.findall(text):
+        if not body.strip():
+            continue
         try:
-            if case_tables(name, records, results) != body:
+            if case_tables(name, records, results, point or None) != body:
                 problems.append(f"{name}: differs from the JSON; run python -m bench report")
         except ReportError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(str(error))
     return problems
 
 
-def case_tables(name: str, records: list[Record], results: Path = RESULTS) -> str:
-    """The tables of a case, one for each device it was run on."""
+def case_tables(
+    name: str, records: list[Record], results: Path = RESULTS, point: str | None = None
+) -> str:
+    """The tables of a case, or of one point of it, one for each device it was run on.
+
+    Raises:
+        ReportError: if there is no such result.
+    """
     chosen = [record for record in records if record["case"] == name]
     if not chosen:
-        raise ReportError(f"no result of {name} under {results}: run python -m bench {name}")
+        raise ReportError(f"{name}: no result under {results}; run python -m bench {name}")
+    if point is not None:
+        chosen = [_only(record, point) for record in chosen]
     return "\n".join(_table(record) for record in chosen)
+
+
+def _only(record: Record, point: str) -> Record:
+    rows = [row for row in record["results"] if row.get("point") == point]
+    if not rows:
+        raise ReportError(f"{record['case']}: no point {point!r} in the JSON")
+    return record | {"results": rows}
 
 
 def _table(record: Record) -> str:
@@ -74,7 +95,9 @@ def _table(record: Record) -> str:
         raise ReportError(f"{record['case']}: the JSON has no {', '.join(absent)}")
     rows = LAYOUTS[record["layout"]](record)
     head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
-    rule = "| " + " | ".join(["---"] + ["---:"] * (len(rows[0]) - 1)) + " |"
+    # names to the left, numbers to the right
+    names = 1 if record["layout"] == "values" else 2
+    rule = "| " + " | ".join(["---"] * names + ["---:"] * (len(rows[0]) - names)) + " |"
     return "\n".join([head, rule, *body, "", _caption(record), ""])
 
 
@@ -87,15 +110,31 @@ def _caption(record: Record) -> str:
     )
     parts.append(f"{record['date'][:10]}")
     path = f"bench/results/{device['slug']}/{record['case']}.json"
-    return f"{', '.join(parts)}: `{record['command']}` ([JSON]({path}))."
+    caption = f"{', '.join(parts)}: `{record['command']}` ([JSON]({path}))."
+    return " ".join([caption, *without_time(record)])
+
+
+def without_time(record: Record) -> list[str]:
+    """A sentence for each provider that has no time at any point, and why."""
+    rows = record["results"] if record["layout"] != "values" else []
+    timed = {row["provider"] for row in rows if row["status"] == "ok"}
+    why = {
+        row["provider"]: f"{row['status']} ({row['reason']})"
+        for row in rows
+        if row["provider"] not in timed
+    }
+    return [f"No time for {name}: {reason}." for name, reason in why.items()]
 
 
 def _providers(record: Record) -> list[list[str]]:
-    """A row a provider and point."""
-    head = ["", "provider", "time", "speed-up", "peak memory", "weights", "error"]
-    return [head] + [
-        [row["point"], row["provider"], *_measured(row)] for row in record["results"]
-    ]  # fmt: skip
+    """A row a provider and point; those that never ran are named in the caption."""
+    timed = {row["provider"] for row in record["results"] if row["status"] == "ok"}
+    head = ["", "provider", "median (quartiles)", "speed-up", "peak memory", "weights"]
+    return [[*head, f"error against {record['baseline']}"]] + [
+        [row["point"], row["provider"], *_measured(row)]
+        for row in record["results"]
+        if row["provider"] in timed
+    ]
 
 
 def _measured(row: Row) -> list[str]:
@@ -107,7 +146,7 @@ def _measured(row: Row) -> list[str]:
     error = row.get("error_vs_baseline")
     return [
         f"{milliseconds(row['seconds']['median'])} "
-        f"({milliseconds(row['seconds']['q1'])} to {milliseconds(row['seconds']['q3'])})",
+        f"({milliseconds(row['seconds']['q1'], '')} to {milliseconds(row['seconds']['q3'], '')})",
         f"{row['ratio']['median']:.2f}x",
         megabytes(row["peak_bytes"]) if "peak_bytes" in row else "",
         weights,
@@ -156,10 +195,10 @@ LAYOUTS: dict[str, Callable[[Record], list[list[str]]]] = {
 }
 
 
-def milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float, unit: str = " ms") -> str:
     """Seconds as milliseconds with three digits."""
     ms = 1000 * seconds
-    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+    return (f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}") + unit
 
 
 def megabytes(count: float) -> str:

@@ -33,9 +33,11 @@ LINEAR = (
 
 
 def _conv(
-    name: str, C: int, N: int, T: int, k: int, origin: str, *, stride: int = 1, groups: int = 1
+    C: int, N: int, T: int, k: int, origin: str, *, stride: int = 1, groups: int = 1
 ) -> Point:
     padding = k // 2 if stride == 1 else 0
+    name = f"{C}x{N} k{k}" + (f" s{stride}" if stride > 1 else "")
+    name += (f" g{groups}" if groups > 1 else "") + f" T{T}"
     sizes = {"C": C, "N": N, "T": T, "k": k, "stride": stride, "padding": padding, "g": groups}
     return Point(name, sizes, origin)
 
@@ -49,7 +51,7 @@ def _front_end() -> list[Point]:
     points, T = [], SECONDS * SAMPLE_RATE
     for i, (k, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
         C = 1 if i == 0 else 512
-        point = _conv(f"front end {i}", C, 512, T, k, f"base: conv layer {i}", stride=stride)
+        point = _conv(C, 512, T, k, f"base: front end {i}", stride=stride)
         points.append(point)
         T = frames_out(point.sizes)
     return points
@@ -57,8 +59,8 @@ def _front_end() -> list[Point]:
 
 CONV1D = (
     *_front_end(),
-    _conv("positional", 768, 768, FRAMES, 128, "base: positional convolution", groups=16),
-    _conv("depthwise", 1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024),
-    _conv("pointwise in", 1024, 2048, FRAMES, 1, "conformer-large: pointwise before GLU"),
-    _conv("pointwise out", 1024, 1024, FRAMES, 1, "conformer-large: pointwise after"),
+    _conv(768, 768, FRAMES, 128, "base: positional", groups=16),
+    _conv(1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024),
+    _conv(1024, 2048, FRAMES, 1, "conformer-large: pointwise, before GLU"),
+    _conv(1024, 1024, FRAMES, 1, "conformer-large: pointwise, last"),
 )

@@ -20,9 +20,9 @@ SPECS = {
     "w4-float-inputs": QuantSpec(bits=4),
 }
 LINEAR_POINTS = [p for p in LINEAR if "feed-forward in" in p.origin]
-CONV_POINTS = [
-    p for p in CONV1D if p.name in ("front end 3", "positional", "depthwise", "pointwise out")
-]
+# one of each kind: strided, grouped, depthwise, pointwise
+CONV_KINDS = ("front end 3", "positional", "depthwise", "last")
+CONV_POINTS = [p for p in CONV1D if p.origin.endswith(CONV_KINDS)]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,7 @@ def run(benchmark, device, group, call, cost):
 
     benchmark.group = group
     benchmark.extra_info |= {"device": device, "dtype": "float32"}
+    benchmark.extra_info["threads"] = torch.get_num_threads()
     benchmark.pedantic(synchronized, rounds=10, warmup_rounds=2)
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median

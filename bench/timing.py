@@ -68,14 +68,14 @@ class Spread:
 
 
 def time_side_by_side(
-    calls: Mapping[str, Call], timer: Timer, seconds: float
+    calls: Mapping[str, Call], timer: Timer, end: float
 ) -> dict[str, list[float]]:
     """Sample every call once a round, each round starting with the next one.
 
     Args:
         calls: name to call, each warmed up once here.
         timer: of the device.
-        seconds: to spend; at least ``MIN_ROUNDS`` rounds are run however long they take.
+        end: when to stop, by ``time.perf_counter``; ``MIN_ROUNDS`` rounds are run in any case.
 
     Returns:
         Name to seconds a call, one sample a round; sample i of every name is of the same round.
@@ -87,7 +87,6 @@ def time_side_by_side(
         once = timer.seconds(calls[name], 1)
         repeats[name] = max(1, int(SAMPLE_SECONDS / max(once, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
     for i in range(MAX_ROUNDS):
         if i >= MIN_ROUNDS and time.perf_counter() > end:
             break

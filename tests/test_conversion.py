@@ -49,7 +49,7 @@ def test_every_layer_is_accounted_for(model):
     report = quantize(model)
     decisions = {layer.name: layer for layer in report.layers}
     assert set(decisions) == {
-        "first", "front", "pos_conv", "mixer.out_proj", "ffn", "out", "lm_head",
+        "first", "front", "pos_conv", "mixer.in_proj", "mixer.out_proj", "ffn", "out", "lm_head",
     }  # fmt: skip
     assert {layer.name for layer in report.quantized} >= {"front", "pos_conv", "ffn", "out"}
     assert decisions["first"].reason == "one input channel: little to gain"

@@ -104,6 +104,20 @@ def test_group_norm_kernels_zero_padding_whatever_it_holds(device):
     assert (clean[1][1, :, 11:] == 0).all()
 
 
+def torch_group_norm(x, weight, bias, grad, lengths, num_groups):
+    """The output and the gradients of torch.group_norm, one utterance at a time, in fp32."""
+    leaves = [leaf.detach().float().requires_grad_() for leaf in (x, weight, bias)]
+    T = x.shape[2]
+    frames = [T] * len(x) if lengths is None else lengths.tolist()
+    utterances = [
+        F.pad(torch.group_norm(leaves[0][b : b + 1, :, :n], num_groups, *leaves[1:]), (0, T - n))
+        for b, n in enumerate(frames)
+        if n > 0
+    ]
+    y = torch.cat([*utterances, x.new_zeros(len(x) - len(utterances), *x.shape[1:])])
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.float())]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_groups", [1, 3, 6])
 @pytest.mark.parametrize("lengths", [None, (9, 5, 1, 0)])
@@ -114,7 +128,10 @@ def test_group_norm_op_is_as_accurate_as_torch(lengths, num_groups, dtype, devic
     y = masked_group_norm(*leaves, lengths=lengths, num_groups=num_groups)
     actual = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
     arguments = (x, weight, bias, grad, lengths, num_groups)
-    assert_group_norm_as_accurate(actual, arguments, dtype)
+    low = torch_group_norm(*arguments)
+    high = group_norm_reference(*arguments, torch.float64)
+    for name, result, *wanted in zip(("y", "dx", "dw", "db"), actual, low, high, strict=True):
+        assert_as_accurate(result, wanted[0].to(dtype), wanted[1], name)
 
 
 @pytest.mark.parametrize("lengths", [None, (12, 12)])
@@ -169,17 +186,18 @@ def norm_inputs(shape, has_residual, dtype, device):
     return x, weight, bias, torch.randn_like(x) if has_residual else None
 
 
-def assert_quantized(q, scale, high, dtype):
-    """q * scale is the nearest level to ``high``, the LayerNorm in fp64."""
+def assert_quantized(q, scale, low, high):
+    """q * scale is the level nearest to the LayerNorm, ``low`` in fp32 and ``high`` in fp64."""
     assert q.dtype == torch.int8
-    assert scale.dtype == torch.float32
-    amax = high.abs().amax(-1, keepdim=True)
-    low = (amax / 127).to(torch.float32)
-    assert_as_accurate(
-        scale, torch.where(low == 0, 1.0, low), torch.where(amax == 0, 1, amax / 127)
-    )
-    # half a step, and the rounding of a normalization in fp32
-    bound = scale.double() * 0.5 + 16 * torch.finfo(torch.float32).eps * amax.clamp(min=1)
+
+    def largest(y):
+        amax = y.abs().amax(-1, keepdim=True)
+        return torch.where(amax == 0, 1.0, amax / 127)
+
+    assert_as_accurate(scale, largest(low), largest(high), "scale")
+    # half a step, and what assert_as_accurate grants the normalization before it
+    rounding = torch.finfo(torch.float32).eps * high.abs().max()
+    bound = 0.5 * scale.double() + 2 * ((low - high).abs().max() + rounding)
     assert ((q * scale.double() - high).abs() <= bound).all()
 
 
@@ -194,13 +212,13 @@ def test_norm_quantize_kernels_are_as_accurate_as_torch(shape, has_residual, dty
         assert torch.equal(h, total)
     leaves = [leaf.double().requires_grad_() for leaf in (total, weight, bias)]
     high = F.layer_norm(leaves[0], shape[-1:], leaves[1], leaves[2], EPS)
-    assert_quantized(q, scale, high.detach(), dtype)
+    low_leaves = [leaf.float().detach().requires_grad_() for leaf in (total, weight, bias)]
+    low = F.layer_norm(low_leaves[0], shape[-1:], low_leaves[1], low_leaves[2], EPS)
+    assert_quantized(q, scale, low.detach(), high.detach())
     assert torch.equal(y, (q * scale).to(dtype))
 
     grad_y, grad_h = torch.randn_like(x), torch.randn_like(x) if has_residual else None
     actual = norm_quantize_backward_triton(grad_y, grad_h, total, weight, bias, mean, rstd)
-    low_leaves = [leaf.float().detach().requires_grad_() for leaf in (total, weight, bias)]
-    low = F.layer_norm(low_leaves[0], shape[-1:], low_leaves[1], low_leaves[2], EPS)
     wanted = []
     for out, inputs in ((low, low_leaves), (high, leaves)):
         grads = list(torch.autograd.grad(out, inputs, grad_y.to(out.dtype)))
@@ -258,14 +276,19 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(triton, device):
     x[0] = 2.5  # constant: normalizes to zeros
     x[1, 3], x[2, 3] = torch.nan, torch.inf
     weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
-    if triton:
-        _, _, q, scale, _, _ = norm_quantize_triton(x, weight, bias, None, EPS, False)
-    else:
-        q, scale, _ = norm_quantize(x, weight, bias)
+
+    def run():
+        if triton:
+            return norm_quantize_triton(x, weight, bias, None, EPS, False)[2:4]
+        return norm_quantize(x, weight, bias)[:2]
+
+    q, scale = run()
     assert (q[0] == 0).all()
     assert scale[0] == 1
     assert scale[1:3].isnan().all()
     assert q[3].abs().max() == 127
+    weight[2] = torch.nan  # a single feature of each row
+    assert run()[1].isnan().all()
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])

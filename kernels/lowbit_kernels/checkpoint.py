@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowbit_kernels.conversion import adapt, finish
+from lowbit_kernels.conversion import adapt, exposed, finish
 from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
 from lowbit_kernels.integrations import rebuild
 from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
@@ -145,10 +145,11 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
                 "from JSON; got None"
             )
         target = rebuild.build(manifest["rebuild"]).eval()
-    skeletons = _skeletons(target, manifest["layers"], directory / MANIFEST)
-    _check_fit(target, skeletons, state, directory / manifest["weights"]["file"])
-    for name, layer in skeletons.items():
-        target.set_submodule(name, layer)
+    with exposed(target, manifest["layers"]):
+        skeletons = _skeletons(target, manifest["layers"], directory / MANIFEST)
+        _check_fit(target, skeletons, state, directory / manifest["weights"]["file"])
+        for name, layer in skeletons.items():
+            target.set_submodule(name, layer)
     adapt(target)
     target.load_state_dict(state)
     spec = next(iter(skeletons.values())).spec

@@ -28,7 +28,7 @@ from ssl_models.digits.synthesis import synthetic_clips
 class Recipe:
     """What a run is made of. A state file of another recipe is refused."""
 
-    steps: int = 7500
+    steps: int = 5200
     seed: int = 0
     peak_rate: float = 1.5e-3
     warmup_steps: int = 300

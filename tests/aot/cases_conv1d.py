@@ -5,9 +5,6 @@ Dimension key: B batch, C input channels, N output channels, T input frames, T_o
 
 from tests.aot.harness import AotCase
 
-SIZES = {"T": "i32", "T_out": "i32", "N": "i32", "C": "i32", "N_group": "i32"}
-WEIGHT = {"qweight_ptr": "*u8", "scale_ptr": "*fp32", "group_scale_ptr": "*u8"}
-
 
 def _kernel(module, name):
     def load():
@@ -18,12 +15,15 @@ def _kernel(module, name):
     return load
 
 
-def _weight(bits, group_size):
+def _weight(bits, group_size, asymmetric=False):
     """Types, and the constants of pointers that are not there, of a packed weight."""
-    absent = () if group_size else ("group_scale_ptr",)
-    types = {name: kind for name, kind in WEIGHT.items() if name not in absent}
-    constants = dict.fromkeys((*absent, "zero_point_ptr"))
-    return types, {**constants, "BITS": bits, "GROUP_SIZE": group_size}
+    types = {"qweight_ptr": "*u8", "scale_ptr": "*fp16" if asymmetric else "*fp32"}
+    if asymmetric:
+        types["zero_point_ptr"] = "*fp16"
+    elif group_size:
+        types["group_scale_ptr"] = "*u8"
+    absent = {"group_scale_ptr", "zero_point_ptr"} - set(types)
+    return types, {**dict.fromkeys(absent), "BITS": bits, "GROUP_SIZE": group_size}
 
 
 def depthwise(name, taps, stride=1, dtype="*bf16", int8=False, flip=False, upsample=1):
@@ -53,17 +53,19 @@ def depthwise(name, taps, stride=1, dtype="*bf16", int8=False, flip=False, upsam
     )  # fmt: skip
 
 
-def implicit_gemm(name, c_group, bits=4, group_size=64, dtype="*bf16", int8=False, dilation=1):
-    weight, weight_constants = _weight(bits, group_size)
+def implicit_gemm(
+    name, c_group, bits=4, group_size=64, dtype="*bf16", int8=False, dilation=1, asymmetric=False
+):
+    weight, weight_constants = _weight(bits, group_size, asymmetric)
     signature = {
         **weight, "x_ptr": "*i8" if int8 else dtype, "bias_ptr": dtype, "residual_ptr": dtype,
         "lengths_ptr": "*i64", "y_ptr": dtype, "T": "i32", "T_out": "i32", "N": "i32", "K": "i32",
         "N_group": "i32", "num_scales": "i32", "tiles_t": "i32", "stride_xb": "i32",
         "stride_xt": "i32", "stride_qn": "i32", "left": "i32",
     }  # fmt: skip
-    constants = {"z_ptr": None, "input_scale_ptr": None}
     if int8:
-        signature["input_scale_ptr"] = constants.pop("input_scale_ptr") or "*fp32"
+        signature["input_scale_ptr"] = "*fp32"
+    constants = {"z_ptr": None} if int8 else {"z_ptr": None, "input_scale_ptr": None}
     from lowbit_kernels.conv1d.kernels.implicit_gemm import BLOCK_N, BLOCK_T
 
     constants |= {
@@ -82,8 +84,10 @@ def implicit_gemm(name, c_group, bits=4, group_size=64, dtype="*bf16", int8=Fals
     )  # fmt: skip
 
 
-def implicit_gemm_dx(name, c_group, taps, bits=4, group_size=64, stride=1, dtype="*bf16"):
-    weight, weight_constants = _weight(bits, group_size)
+def implicit_gemm_dx(
+    name, c_group, taps, bits=4, group_size=64, stride=1, dtype="*bf16", asymmetric=False
+):
+    weight, weight_constants = _weight(bits, group_size, asymmetric)
     from lowbit_kernels.conv1d.kernels.implicit_gemm_dx import BLOCK_C, BLOCK_N, BLOCK_T
 
     signature = {
@@ -161,7 +165,9 @@ CASES = [
     implicit_gemm("large_w2", 64, bits=2),
     implicit_gemm("large_w1", 64, bits=1, group_size=0),
     implicit_gemm("dilated", 512, dilation=2),
+    implicit_gemm("base_asymmetric", 48, asymmetric=True),
     implicit_gemm_dx("base", 48, 128),
+    implicit_gemm_dx("base_asymmetric", 48, 128, asymmetric=True),
     implicit_gemm_dx("large_w8", 64, 128, bits=8, group_size=0),
     implicit_gemm_dx("front_end", 512, 3, stride=2),
     frames("copy", int8=False),

@@ -10,7 +10,8 @@ from tests.aot.harness import DEFAULT_TARGETS, TARGETS, run_in_subprocess
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "aot"
 
-pytestmark = pytest.mark.aot
+# all kernels of one target: minutes where other work shares the processor
+pytestmark = [pytest.mark.aot, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -75,6 +75,8 @@ class Family:
         lora_targets: layers that LoRA trains.
         input_name: of the first argument.
         padding_is_exact: whether a padded batch gives what single utterances give.
+        int8_padding_is_exact: the same with int8 inputs.
+        graphs: that the float model needs for three lengths.
     """
 
     name: str
@@ -82,6 +84,8 @@ class Family:
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     input_name: str = "input_values"
     padding_is_exact: bool = True
+    int8_padding_is_exact: bool = True
+    graphs: int = 1
 
     @property
     def is_ctc(self) -> bool:
@@ -230,7 +234,8 @@ FAMILIES = [
     Family("wavlm", _of(WavLMConfig, WavLMForCTC, _WAVEFORM, num_buckets=16)),
     Family("unispeech", _of(UniSpeechConfig, UniSpeechForCTC, _WAVEFORM)),
     Family("unispeech-sat", _of(UniSpeechSatConfig, UniSpeechSatForCTC, _WAVEFORM)),
-    Family("sew", _of(SEWConfig, SEWForCTC, _WAVEFORM)),
+    # its pooling of the mask reads the length
+    Family("sew", _of(SEWConfig, SEWForCTC, _WAVEFORM), graphs=3),
     Family(
         "conformer-relative",
         _of(
@@ -258,7 +263,14 @@ FAMILIES = [
         _wav2vec2_bert,
         lora_targets=("linear_q", "linear_v"),
         input_name="input_features",
+        # the frames of padding enter its convolutions, whose int8 scale is one an utterance
+        int8_padding_is_exact=False,
     ),
-    Family("parakeet", _parakeet, input_name="input_features"),
+    Family(
+        "parakeet",
+        _parakeet,
+        input_name="input_features",
+        int8_padding_is_exact=False,
+    ),
     Family("whisper", _whisper, input_name="input_features"),
 ]

@@ -62,7 +62,10 @@ def test_output_error_is_what_the_bits_imply(family: Family, config: QuantConfig
 def test_padded_batch_equals_single_utterances(family: Family) -> None:
     if not family.padding_is_exact or not family.is_ctc:
         pytest.skip("the model itself lets padding into its frames")
-    for config in (QuantConfig.small(), QuantConfig.fast()):
+    configs = [QuantConfig.small()]
+    if family.int8_padding_is_exact:
+        configs.append(QuantConfig.fast())
+    for config in configs:
         model = quantized(family, config)
         batch = logits(model, family.inputs())
         for i, inputs in enumerate(family.single_inputs()):
@@ -147,7 +150,7 @@ def test_one_graph_for_three_lengths(family: Family) -> None:
     batches = [_cut(family, inputs, cut) for cut in (0, 8, 16)]
     with torch.no_grad():
         outputs = [compiled(**batch).logits for batch in batches]
-    assert counter.frame_count == 1
+    assert counter.frame_count == family.graphs
     for output, batch in zip(outputs, batches, strict=True):
         assert torch.equal(output, logits(model, batch))
     torch._dynamo.reset()
@@ -166,6 +169,23 @@ def _cut(family: Family, inputs: dict[str, Tensor], cut: int) -> dict[str, Tenso
     }
 
 
+def test_static_scales_serve_other_clips(family: Family) -> None:
+    inputs, clip = family.full_inputs(), family.inputs()
+    reference = logits(family.build(), inputs)
+    dynamic = quantized(family, QuantConfig.fast())
+    static = family.build()
+    report = quantize(static, QuantConfig.fast(), calibration=[clip])
+    unused = [layer.name for layer in report.left if "calibration" in layer.reason]
+    # transformers' conformer builds a positional convolution and never calls it
+    assert all(name.endswith("pos_conv_embed.conv") for name in unused)
+    assert bool(unused) == family.name.startswith("conformer")
+    layers = [m for m in static.modules() if isinstance(m, QuantizedModule)]
+    assert layers
+    assert all(layer.input_scale > 0 for layer in layers)
+    error, allowed = (output_error(m, reference, inputs) for m in (static, dynamic))
+    assert error <= ALLOWED * allowed
+
+
 def test_copies_give_the_same_bits(family: Family) -> None:
     model, inputs = quantized(family), family.inputs()
     expected = logits(model, inputs)
@@ -176,7 +196,7 @@ def test_copies_give_the_same_bits(family: Family) -> None:
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     with torch.no_grad():
-        for tensor in (*other.parameters(), *other.buffers()):
+        for tensor in other.state_dict().values():
             tensor.zero_()
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(logits(other, inputs), expected)

@@ -21,6 +21,7 @@ from lowbit_kernels.attention.scores_kernel import (
     load_length,
     score_ptrs,
     store_frames,
+    tile_and_head,
     visible,
     visible_range,
 )
@@ -32,8 +33,8 @@ def _flash_attention_bwd_delta_kernel(
     H, T, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    bh = tl.program_id(1)
+    start_m, bh = tile_and_head(T, BLOCK_M)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     out_ptr += b * stride_ob + h * stride_oh
     grad_ptr += b * stride_gb + h * stride_gh
@@ -53,8 +54,7 @@ def _flash_attention_bwd_dq_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start_m = tl.program_id(0) * BLOCK_M
-    bh = tl.program_id(1)
+    start_m, bh = tile_and_head(T, BLOCK_M)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     row = bh.to(tl.int64) * T
     length = load_length(lengths_ptr, b, T)
@@ -110,8 +110,7 @@ def _flash_attention_bwd_dkdv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start_n = tl.program_id(0) * BLOCK_N
-    bh = tl.program_id(1)
+    start_n, bh = tile_and_head(T, BLOCK_N)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     row = bh.to(tl.int64) * T
     length = load_length(lengths_ptr, b, T)
@@ -189,7 +188,7 @@ def flash_attention_backward_triton(
         dkdv_config = default_config("backward_dkdv", *problem)
         delta = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
         block_m = 64
-        _flash_attention_bwd_delta_kernel[(triton.cdiv(T, block_m), B * H)](
+        _flash_attention_bwd_delta_kernel[(triton.cdiv(T, block_m) * B * H,)](
             out, grad_out, delta, H, T, *out.stride()[:3], *grad_out.stride()[:3],
             D=D, BLOCK_D=dq_config.block_d, BLOCK_M=block_m, num_warps=4,
         )  # fmt: skip
@@ -199,13 +198,13 @@ def flash_attention_backward_triton(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides(bias, q),
             *grad_out.stride()[:3], *dq.stride()[:3],
         )  # fmt: skip
-        _flash_attention_bwd_dq_kernel[(triton.cdiv(T, dq_config.block_m), B * H)](
+        _flash_attention_bwd_dq_kernel[(triton.cdiv(T, dq_config.block_m) * B * H,)](
             *tensors, dq, grad_scores, *options, *strides,
             D=D, BLOCK_D=dq_config.block_d, BLOCK_M=dq_config.block_m,
             BLOCK_N=dq_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
         )  # fmt: skip
-        _flash_attention_bwd_dkdv_kernel[(triton.cdiv(T, dkdv_config.block_n), B * H)](
+        _flash_attention_bwd_dkdv_kernel[(triton.cdiv(T, dkdv_config.block_n) * B * H,)](
             *tensors, dk, dv, *options, *strides,
             D=D, BLOCK_D=dkdv_config.block_d, BLOCK_M=dkdv_config.block_m,
             BLOCK_N=dkdv_config.block_n, INPUT_PRECISION=input_precision(q.dtype),

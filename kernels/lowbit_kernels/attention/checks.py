@@ -61,7 +61,8 @@ def check_options(
             )
     if window is not None and (type(window) is bool or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an int >= 0 (frames each side) or None, got {window}")
-    if scale is not None and not math.isfinite(scale):
+    # math.isfinite cannot be traced with a scale that torch.compile made symbolic
+    if scale is not None and not abs(scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

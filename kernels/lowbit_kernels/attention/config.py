@@ -41,8 +41,8 @@ _SMALL = {
 # fp32 multiplies on the vector units: operands come through registers, not matrix fragments
 _FP32 = {
     "forward": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "backward_dq": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "backward_dq": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
+    "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
 
 

@@ -18,6 +18,7 @@ from lowbit_kernels.attention.scores_kernel import (
     load_frames,
     load_length,
     store_frames,
+    tile_and_head,
     visible,
     visible_range,
 )
@@ -33,8 +34,7 @@ def _flash_attention_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start_m = tl.program_id(0) * BLOCK_M
-    bh = tl.program_id(1)
+    start_m, bh = tile_and_head(T, BLOCK_M)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     length = load_length(lengths_ptr, b, T)
     q_ptr += b * stride_qb + h * stride_qh
@@ -122,7 +122,7 @@ def flash_attention_triton(
     q, k, v = rows(q), rows(k), rows(v)
     extra_terms = bias is not None or seed is not None
     config = default_config("forward", D, q.dtype, extra_terms, shared_bytes(q.device))
-    _flash_attention_fwd_kernel[(triton.cdiv(T, config.block_m), B * H)](
+    _flash_attention_fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
         q, k, v, lengths, bias, seed, out, lse,
         H, T, None if window is None else min(window, T), scale, dropout_p,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides(bias, q),

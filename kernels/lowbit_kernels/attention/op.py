@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention.checks import check_heads, check_options, dense_bias
+from lowbit_kernels.attention.dispatch import (
+    FLASH_ATTN_INSTALLED,
+    choose_backend,
+    flash_attn_backend,
+)
 from lowbit_kernels.attention.position import DenseBias
 from lowbit_kernels.attention.reference import (
     attention_mask,
@@ -233,6 +238,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor
 torch.library.register_autograd("lowbit::flash_attention", _backward, setup_context=_setup_context)
 
 
+def _is_capturing(q: Tensor) -> bool:
+    return q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -249,6 +258,7 @@ def flash_attention(
     Equivalent to ``F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)``
     with an ``attn_mask`` that holds the bias, and -inf for keys beyond ``lengths`` or ``window``.
     A query with nothing to attend to, as those of padding frames, gives 0 and has gradient 0.
+    On CUDA the optional package flash-attn serves the calls that ``dispatch.choose_backend`` names.
 
     Args:
         q: [B, H, T, D], fp16, bf16 or fp32 (fp64 on a CPU), D at most 256. Any strides. Under
@@ -275,6 +285,17 @@ def flash_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    backend = choose_backend(
+        q.device.type,
+        q.dtype,
+        q.shape[-1],
+        has_lengths=lengths is not None,
+        has_position=bias is not None,
+        capturing=torch.compiler.is_compiling() or _is_capturing(q),
+        installed=FLASH_ATTN_INSTALLED,
+    )
+    if backend == "flash_attn":
+        return flash_attn_backend(q, k, v, window, scale, dropout_p)
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     out: Tensor
     out, _ = torch.ops.lowbit.flash_attention.default(

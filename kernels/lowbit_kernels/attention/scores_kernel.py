@@ -12,6 +12,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def tile_and_head(T, BLOCK: tl.constexpr):
+    # one axis, since the others end at 65,535; the tiles of a head are neighbors and share its keys
+    num_tiles = tl.cdiv(T, BLOCK)
+    return tl.program_id(0) % num_tiles * BLOCK, tl.program_id(0) // num_tiles
+
+
+@triton.jit
 def load_length(lengths_ptr, b, T):
     if lengths_ptr is None:
         length = T

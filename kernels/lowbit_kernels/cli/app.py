@@ -41,9 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, prog_name="lowbit", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        sys.stderr.close()
-        sys.exit(0)
     except (CommandError, ValueError, NotImplementedError, OSError, _UsageError) as error:
         _fail(error)
     except RuntimeError as error:
@@ -102,13 +99,14 @@ def quantize(
         raise CommandError("OUT must be given, unless --dry-run is")
     from lowbit_kernels.cli import output
     from lowbit_kernels.cli.quantize import make_config, quantize_checkpoint
+    from lowbit_kernels.cli.quantize_view import show_report
 
     config = make_config(preset, bits, group_size, inputs)
     report = quantize_checkpoint(source, None if dry_run else out, config, method, force=force)
     if json:
         output.print_json(report.to_dict() | {"out": None if dry_run else str(out)})
         return
-    output.results().print(report)
+    show_report(report)
     if not dry_run:
         output.results().print(f"\nsaved in [bold]{out}[/]")
 

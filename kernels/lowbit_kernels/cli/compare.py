@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit_kernels.cli.errors import CommandError
+from lowbit_kernels.cli.errors import CommandError, require
 from lowbit_kernels.cli.inference import Failure, cut_for_frames, forward, stream
 from lowbit_kernels.cli.layer_errors import LayerError, LayerErrors
 from lowbit_kernels.cli.output import Outcome
@@ -117,6 +117,8 @@ def compare(
     if type(wanted.model) is not type(got.model):
         kinds = f"{type(wanted.model).__name__} and {type(got.model).__name__}"
         raise CommandError(f"{wanted.name} and {got.name} must be one kind of model, got {kinds}")
+    if wanted.kind != "encoder":
+        require("jiwer", "audio")  # said before the work, not after it
     references = _references(paths, texts)
     layers, frames = LayerErrors(wanted.model, got.model), Frames()
     outcomes = _run(wanted, got, paths, layers, frames)

@@ -61,7 +61,7 @@ def _texts(files: Sequence[Outcome]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", overflow="fold", max_width=30)
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for file in files:
         name = Path(file["file"]).name
         table.add_row(name, "float", Text(file["float"] or "(nothing)"))

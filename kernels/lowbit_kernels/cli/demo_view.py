@@ -38,7 +38,7 @@ def _text_table(said: Sequence[str], readings: Sequence[Reading]) -> Table:
     """What was said, and below it each transcript with the variants that gave it."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for number, text in enumerate(said):
         table.add_row("said", Text(text, style="bold"))
         variants: dict[str, list[str]] = {}

@@ -9,7 +9,6 @@ Dimension key: T frames, D features.
 import json
 import os
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,9 @@ class FramesWriter:
 
     def __init__(self, path: Path, seconds_per_frame: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        self.path, self.temporary = path, Path(temporary)
-        self.file = os.fdopen(handle, "wb")
+        # one fixed name, so that what a killed run left is overwritten by the next
+        self.path, self.temporary = path, path.with_name(f".{path.name}.part")
+        self.file = self.temporary.open("wb")
         self.file.write(bytes(_HEADER_BYTES))
         self.seconds_per_frame = seconds_per_frame
         self.T, self.D = 0, 0

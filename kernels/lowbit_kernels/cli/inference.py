@@ -78,8 +78,9 @@ def stream(
                 batch = [entry for entry in batch if entry[0] != item.path]
                 yield item
                 continue
-            longest = max(len(item[1].samples), *(len(w.samples) for _, w in batch), 0)
-            if batch and (len(batch) + 1) * longest > budget:
+            longest = max(len(window.samples) for _, window in (*batch, item))
+            padded = speech.padded_samples(longest)
+            if batch and (len(batch) + 1) * padded > budget:
                 yield from _flush(batch, run)
                 bar.advance(task, sum(w.new_samples for _, w in batch) / speech.rate)
                 batch = []
@@ -122,7 +123,7 @@ def cut_for_frames(speech: Speech) -> Cut:
         return overlapping(
             blocks,
             length=int(seconds * speech.rate) // frame * frame,
-            context=CONTEXT_SECONDS * speech.rate // frame * frame,
+            context=int(CONTEXT_SECONDS * speech.rate) // frame * frame,
             frame=frame,
         )
 
@@ -140,9 +141,14 @@ def forward(
 ) -> list[Tensor]:
     """Run windows as one batch and keep of each the frames that count.
 
+    A model that padding would change gets windows of different lengths one by one.
+
     Returns:
         One [T, D] tensor a window, without padding and without the frames next to a cut.
     """
+    lengths = {len(window.samples) for window in windows}
+    if len(lengths) > 1 and not speech.ignores_padding:
+        return [forward(speech, function, [window])[0] for window in windows]
     inputs = speech.prepare([window.samples for window in windows])
     outputs = function(inputs)
     return [

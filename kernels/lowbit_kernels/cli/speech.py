@@ -18,6 +18,19 @@ from lowbit_kernels.cli.errors import CommandError, first_line, require
 
 Kind = Literal["ctc", "seq2seq", "encoder"]
 
+# models whose frames do not depend on the padding of a batch, given its lengths; in the others a
+# convolution after the front end sees it
+_IGNORE_PADDING = (
+    "wav2vec2",
+    "hubert",
+    "wavlm",
+    "unispeech",
+    "unispeech-sat",
+    "wav2vec2-bert",
+    "parakeet_ctc",
+    "parakeet_encoder",
+    "whisper",
+)
 # mel front ends normalize over frames, which needs several of them
 _LEAST_MEL_SECONDS = 0.1
 
@@ -123,6 +136,17 @@ class Speech:
     def longest_window(self) -> float:
         """The most seconds that the model takes at once."""
         return float(getattr(self.extractor, "chunk_length", math.inf))
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether an utterance has the same frames in a padded batch as alone."""
+        config = self.model.config
+        return config.model_type in _IGNORE_PADDING and not getattr(config, "add_adapter", False)
+
+    def padded_samples(self, longest: int) -> int:
+        """How long each utterance of a batch becomes, in samples."""
+        fixed = self.longest_window
+        return int(fixed * self.rate) if math.isfinite(fixed) else longest
 
     def prepare(self, batch: Sequence[Samples]) -> dict[str, Tensor]:
         """Normalize and pad B utterances, [S] each, and mark what is not padding.

@@ -21,6 +21,7 @@ from lowbit_kernels.cli.inference import (
     forward,
     stream,
 )
+from lowbit_kernels.cli.load import quiet_transformers
 from lowbit_kernels.cli.output import Outcome, results
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import Cut, Window
@@ -82,7 +83,8 @@ def _spell(speech: Speech, windows: list[list[int]]) -> str:
 
 def _generate(speech: Speech, windows: Sequence[Window]) -> list[str]:
     inputs = speech.prepare([window.samples for window in windows])
-    tokens = speech.model.generate(**inputs)
+    with quiet_transformers():
+        tokens = speech.model.generate(**inputs)
     texts = speech.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -98,7 +100,7 @@ def print_transcripts(outcomes: Sequence[Outcome]) -> None:
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", overflow="fold", max_width=30)
-    table.add_column()
+    table.add_column(overflow="fold")
     for outcome in done:
         table.add_row(Path(outcome["file"]).name, Text(outcome["text"] or "(nothing)"))
     if done:

@@ -9,10 +9,15 @@ from lowbit_kernels.formats import QuantizedWeight
 EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# int32 sums of products up to 127 * 128 cannot overflow below
+MAX_K_INT8 = (2**31 - 1) // (127 * 128)
+
 
 def check_geometry(
     x: Tensor, weight: QuantizedWeight, stride: int, padding: Padding, dilation: int, groups: int
 ) -> Geometry:
+    if not isinstance(weight, QuantizedWeight):
+        raise ValueError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
     if x.dim() != 3:
         raise ValueError(f"x must be [B, C, T], got shape {tuple(x.shape)}")
     for name, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
@@ -66,6 +71,10 @@ def check_tensors(
         )
     if spec.inputs == "int8" and spec.input_scale == "static" and weight.input_scale is None:
         raise ValueError("a static input scale needs weight.input_scale, got None")
+    if spec.inputs == "int8" and weight.K > MAX_K_INT8:
+        raise ValueError(
+            f"weight.K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
+        )
     B, T_out = x.shape[0], geometry.frames_out(x.shape[2])
     if bias is not None:
         _check_tensor("bias", bias, (N,), (x.dtype,), x.device)

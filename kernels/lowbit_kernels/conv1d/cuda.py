@@ -153,7 +153,7 @@ def _matmul(
     T_out = geometry.frames_out(T)
     if weight.spec.inputs is not None:
         x, scale = quantize_frames_triton(x, weight.input_scale, lengths, geometry, pad=True)
-        x_scale = scale.repeat_interleave(T_out)
+        x_scale = scale[:, None].expand(B, T_out).flatten().contiguous()
     elif geometry.left or geometry.right or lengths is not None or x.stride(1) != C:
         x = copy_frames_triton(x, lengths, geometry, pad=True)
     windows = x.as_strided((B, T_out, k * C), (x.stride(0), geometry.stride * C, 1))

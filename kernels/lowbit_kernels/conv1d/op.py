@@ -1,7 +1,7 @@
 """torch.ops.lowbit.conv1d and its training twin: schemas, fakes, backends, gradient.
 
 Dimension key: B batch, C input channels, N output channels (N_out after ``glu``), T input frames,
-T_out output frames. Results are [B, N, T_out] views of channel-last memory [B, T_out, N].
+T_out output frames. Results say [B, N, T_out] and lie in channel-last memory [B, T_out, N].
 """
 
 from functools import cache
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from lowbit_kernels.conv1d.checks import check_geometry, check_tensors
 from lowbit_kernels.conv1d.geometry import Geometry, Padding
-from lowbit_kernels.conv1d.layout import channel_first, empty_channel_last
-from lowbit_kernels.conv1d.reference import (
-    conv1d_backward_reference,
-    conv1d_reference,
-)
+from lowbit_kernels.conv1d.layout import channel_first, channel_last, empty_channel_last
+from lowbit_kernels.conv1d.reference import conv1d_backward_reference, conv1d_reference
+from lowbit_kernels.cpu import conv1d_cpu
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import apply_epilogue
 
@@ -105,17 +103,35 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return dx, grad_y.new_empty(weight.N if needs_bias else 0)
 
 
+def _cpu_forward(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    epilogue: str | None,
+) -> Tensor:
+    """[B, T_out, N_out] from x [B, C, T]."""
+    if x.dtype == torch.float64:  # for checking gradients, so nothing but exactness counts
+        y = conv1d_reference(x, weight, bias, geometry, epilogue, residual, lengths)
+        return y.transpose(1, 2)
+    return conv1d_cpu(
+        channel_last(x), weight, bias, None if residual is None else residual.transpose(1, 2),
+        epilogue, stride=geometry.stride, padding=(geometry.left, geometry.right),
+        dilation=geometry.dilation, groups=geometry.groups, lengths=lengths,
+    )  # fmt: skip
+
+
 @torch.library.register_kernel("lowbit::conv1d", "cpu")
 def _cpu(*args: Any) -> Tensor:
-    x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
-    y = conv1d_reference(x, weight, bias, geometry, epilogue, residual, lengths)
-    return channel_first(y.transpose(1, 2))
+    return channel_first(_cpu_forward(*_unpack_forward(args)))
 
 
 @torch.library.register_kernel("lowbit::conv1d_train", "cpu")
 def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
-    z = conv1d_reference(x, weight, bias, geometry, lengths=lengths).transpose(1, 2).contiguous()
+    z = _cpu_forward(x, weight, bias, None, lengths, geometry, None).contiguous()
     y = apply_epilogue(z, epilogue)
     if residual is not None:
         y = y + residual.transpose(1, 2)
@@ -218,8 +234,8 @@ def low_bit_conv1d(
     static ``input_scale``), and the products are exact integers.
 
     Memory is channel-last throughout: x is read as ``x.transpose(1, 2)``, copied only if its
-    channels are not adjacent, and the result is a view of memory [B, T_out, N_out], so chained
-    layers never transpose.
+    channels are not adjacent, and the result lies in memory [B, T_out, N_out], so chained layers
+    never transpose.
 
     Under autocast x, bias and residual are cast to the autocast dtype, as ``F.conv1d`` does.
     Gradients flow to x, bias and residual; the weight is frozen and the rounding of int8 inputs is

@@ -20,15 +20,19 @@ def observe_input_scales(
         clips: each a tensor (the model's first argument; a 1-D waveform becomes a batch of one) or
             a mapping of keyword arguments.
 
+    Returns:
+        Scales of the layers that were called; a model may hold others.
+
     Raises:
-        ValueError: if there is no clip, or a layer never saw a finite, non-zero input.
+        ValueError: if there is no clip, or a layer that was called never saw a finite, non-zero
+            input.
     """
-    largest = {name: torch.zeros(()) for name in layers}
+    largest: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             amax = args[0].detach().abs().amax().float().cpu()
-            largest[name] = torch.maximum(largest[name], amax)
+            largest[name] = torch.maximum(largest.get(name, amax), amax)
 
         return hook
 

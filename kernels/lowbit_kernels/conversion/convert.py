@@ -11,8 +11,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lowbit_kernels.conversion.calibrate import observe_input_scales
+from lowbit_kernels.conversion.expose import exposed
 from lowbit_kernels.conversion.plan import Decision, make_plan
-from lowbit_kernels.conversion.registry import ADAPTERS, finish
+from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, finish
 from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
 from lowbit_kernels.formats import METHODS, QuantConfig, QuantSpec
 from lowbit_kernels.modules import QConv1d, QLinear, folded_weight
@@ -51,6 +52,17 @@ def quantize(
     config = _as_config(config)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    with exposed(model):
+        return _quantize(model, config, calibration, method, dry_run)
+
+
+def _quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    calibration: Iterable[Any] | None,
+    method: str,
+    dry_run: bool,
+) -> QuantizationReport:
     plan = [_with_calibration(d, calibration is not None) for d in make_plan(model, config)]
     chosen = [decision for decision in plan if decision.spec is not None]
     _check_devices(chosen)
@@ -60,8 +72,12 @@ def quantize(
     if static := {d.name: d.module for d in chosen if d.spec and d.spec.input_scale == "static"}:
         if calibration is None:
             raise ValueError("calibration must be given for input_scale='static', got None")
-        for name, scale in observe_input_scales(model, static, calibration).items():
+        scales = observe_input_scales(model, static, calibration)
+        for name, scale in scales.items():
             layers[name].input_scale = scale.to(layers[name].qweight.device)
+        unused = static.keys() - scales.keys()
+        layers = {name: layer for name, layer in layers.items() if name not in unused}
+        plan = [_leave_unused(d) if d.name in unused else d for d in plan]
     reports = tuple(_report(d, layers.get(d.name)) for d in plan)
     after = before + sum(r.bytes_after - r.bytes_before for r in reports)
     if not dry_run:
@@ -86,7 +102,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         if isinstance(module, QLinear | QConv1d):
             model.set_submodule(name, module.to_float())
     for name, module in list(model.named_modules()):
-        for adapter in ADAPTERS:
+        for adapter in (*ADAPTERS, *EXPOSERS):
             restored = adapter.restore(module)
             if restored is not module:
                 model.set_submodule(name, restored)
@@ -109,6 +125,10 @@ def _with_calibration(decision: Decision, calibrated: bool) -> Decision:
     if not calibrated or spec is None or spec.inputs is None:
         return decision
     return dataclasses.replace(decision, spec=dataclasses.replace(spec, input_scale="static"))
+
+
+def _leave_unused(decision: Decision) -> Decision:
+    return dataclasses.replace(decision, spec=None, reason="no calibration clip reached it")
 
 
 def _check_devices(chosen: list[Decision]) -> None:

@@ -29,6 +29,9 @@ class Adapter:
 
 
 ADAPTERS: list[Adapter] = []
+# adapters that must act before a plan is made: they turn raw weights into layers, or make a module
+# call the layers that calibration watches
+EXPOSERS: list[Adapter] = []
 FINISHERS: list[Callable[[nn.Module, QuantConfig | None], None]] = []
 
 

@@ -1,8 +1,19 @@
-"""CPU kernels: int8 and low-bit products, convolutions, and the passes between them."""
+"""CPU kernels: int8 and low-bit products, convolutions, front end, attention."""
 
+from lowbit_kernels.cpu.attention import attention_cpu
 from lowbit_kernels.cpu.conv1d import conv1d_cpu
+from lowbit_kernels.cpu.front_end import FrontEndLayer, Norm, front_end_cpu
 from lowbit_kernels.cpu.library import cpu_backend
 from lowbit_kernels.cpu.linear import linear_cpu
 from lowbit_kernels.cpu.resident import resident_bytes
 
-__all__ = ["conv1d_cpu", "cpu_backend", "linear_cpu", "resident_bytes"]
+__all__ = [
+    "FrontEndLayer",
+    "Norm",
+    "attention_cpu",
+    "conv1d_cpu",
+    "cpu_backend",
+    "front_end_cpu",
+    "linear_cpu",
+    "resident_bytes",
+]

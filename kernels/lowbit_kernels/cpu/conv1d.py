@@ -147,7 +147,7 @@ def _with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = 1
     for size in shape:
         count *= size
-    return torch.empty(count + SLACK_BYTES, dtype=dtype)[:count].view(shape)
+    return lib.empty(count + SLACK_BYTES, dtype=dtype)[:count].view(shape)
 
 
 def _rows(planes: Tensor, M: int, window: Window) -> Rows:
@@ -196,7 +196,7 @@ def _native_depthwise(
     window: Window,
 ) -> Tensor:
     T, C = x.shape
-    out = torch.empty(window.frames_out(T), C)
+    out = lib.empty(window.frames_out(T), C)
     levels = weight.qweight.float()
     arguments = lib.Depthwise(
         valid=valid, channels=C, out_frames=out.shape[0], taps=window.taps,

@@ -23,6 +23,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "
 COMPILERS = ("c++", "g++", "clang++")
 # a compiler that takes longer hangs
 COMPILE_SECONDS = 120
+# below, memory is mostly reused and its pages are there already
+LARGE_BYTES = 4 << 20
 
 
 class Matmul(ctypes.Structure):
@@ -81,8 +83,22 @@ class FirstConv(ctypes.Structure):
     )  # fmt: skip
 
 
+class Attention(ctypes.Structure):
+    """``struct Attention`` of csrc/attention.h."""
+
+    _fields_ = (
+        ("B", c_int64), ("H", c_int64), ("T", c_int64), ("D", c_int64),
+        ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
+        ("q_strides", c_int64 * 3), ("k_strides", c_int64 * 3), ("v_strides", c_int64 * 3),
+        ("lengths", c_void_p), ("bias", c_void_p), ("bias_strides", c_int64 * 3),
+        ("window", c_int64), ("scale", c_float),
+        ("out", c_void_p), ("lse", c_void_p), ("threads", c_int64),
+    )  # fmt: skip
+
+
 SIGNATURES = {
     "has_int8_matmul": (),
+    "advise_large_pages": (c_void_p, c_int64),
     "matmul_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
     "matmul_float": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
     "quantize_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64),
@@ -92,6 +108,7 @@ SIGNATURES = {
         c_void_p, c_void_p, c_int64,
     ),
     "depthwise": (ctypes.POINTER(Depthwise),),
+    "attention": (ctypes.POINTER(Attention),),
     "first_conv": (ctypes.POINTER(FirstConv), ctypes.POINTER(RowFinish)),
     "finish_rows": (c_void_p, c_int64, ctypes.POINTER(RowFinish)),
 }  # fmt: skip
@@ -105,6 +122,15 @@ def pointer(tensor: Tensor | None) -> int | None:
 def threads() -> int:
     """Threads of a kernel: as many as PyTorch's own operators use."""
     return torch.get_num_threads()
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """torch.empty, on large pages where it is large."""
+    tensor = torch.empty(shape, dtype=dtype)
+    library = native()
+    if library is not None and tensor.nbytes >= LARGE_BYTES:
+        library.advise_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def native() -> ctypes.CDLL | None:

@@ -60,7 +60,7 @@ def linear_cpu(
 def _quantize(flat: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows [M, K] to uint8 with zero point 128, flat and with slack, and their scale [M, 1]."""
     M, K = flat.shape
-    q = torch.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
+    q = lib.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
     library = lib.native()
     if library is not None:
         own = scale is None

@@ -105,7 +105,9 @@ def multiply(
         return finish.after_glu(multiply(rows, weight, input_scale, plain))
     library = lib.native() if input_scale is None else lib.native_int8()
     if library is not None:
-        return _native(library, rows, weight, input_scale, finish)
+        out = lib.empty(rows.M, weight.N)
+        multiply_native(library, rows, weight, input_scale, finish, out)
+        return out
     y = torch.empty(rows.M, weight.N)
     if input_scale is None:
         _float_sums(rows, weight, y)
@@ -118,14 +120,26 @@ def multiply(
     return y if finish.residual is None else y.add_(finish.residual)
 
 
-def _native(
+def multiply_native(
     library: ctypes.CDLL,
     rows: Rows,
     weight: QuantizedWeight,
     input_scale: Tensor | None,
     finish: Finish,
-) -> Tensor:
-    out = torch.empty(rows.M, weight.N)
+    out: Tensor,
+    largest: Tensor | None = None,
+) -> None:
+    """``multiply`` into out, by our kernels; ``finish`` is prepared and is no ``glu``.
+
+    Args:
+        library: the kernels.
+        rows: as in ``multiply``.
+        weight: as in ``multiply``.
+        input_scale: as in ``multiply``.
+        finish: as in ``multiply``.
+        out: [M, G * N] fp32, contiguous.
+        largest: [] fp32, raised to the largest magnitude of out; NaN stays.
+    """
     shared = input_scale is None or input_scale.numel() == 1
     arguments = lib.Matmul(
         M=rows.M, N=weight.N // rows.groups, K=rows.K, groups=rows.groups,
@@ -136,7 +150,7 @@ def _native(
         activation=ACTIVATIONS[finish.epilogue],
         bias=lib.pointer(finish.bias), residual=lib.pointer(finish.residual),
         residual_stride=weight.N, out=lib.pointer(out), out_stride=weight.N,
-        largest=None, threads=lib.threads(),
+        largest=lib.pointer(largest), threads=lib.threads(),
     )  # fmt: skip
     if input_scale is None:
         _native_float(library, arguments, weight)
@@ -145,7 +159,6 @@ def _native(
         library.matmul_int8(
             arguments, lib.pointer(resident.tensors[0]), lib.pointer(resident.start)
         )
-    return out
 
 
 def _native_float(library: ctypes.CDLL, arguments: lib.Matmul, weight: QuantizedWeight) -> None:

@@ -109,7 +109,7 @@ def empty_weight(
         else None,
         K=K,
         spec=spec,
-        input_scale=torch.ones((), device=device) if spec.input_scale == "static" else None,
+        input_scale=_empty_input_scale(spec, device),
     )
 
 
@@ -124,5 +124,11 @@ def empty_depthwise_weight(
         zero_point=None,
         K=taps,
         spec=spec,
-        input_scale=torch.ones((), device=device) if spec.input_scale == "static" else None,
+        input_scale=_empty_input_scale(spec, device),
     )
+
+
+def _empty_input_scale(spec: QuantSpec, device: torch.device | str | None) -> Tensor | None:
+    # the default dtype may be a 16-bit one while a checkpoint is loaded
+    dtype = torch.float32
+    return torch.ones((), dtype=dtype, device=device) if spec.input_scale == "static" else None

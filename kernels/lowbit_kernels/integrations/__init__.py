@@ -19,5 +19,11 @@ def _register_with_transformers() -> None:
     register()
 
 
+def _register_flop_formulas() -> None:
+    import lowbit_kernels.conv1d.flops
+    import lowbit_kernels.matmul.flops  # noqa: F401
+
+
 when_imported("lowbit_kernels.conversion.registry", _register_adapters)
 when_imported("transformers.modeling_utils", _register_with_transformers)
+when_imported("torch.utils.flop_counter", _register_flop_formulas)

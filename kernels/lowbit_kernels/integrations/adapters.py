@@ -1,25 +1,68 @@
 """The adapters and the finisher that conversion runs on models of known libraries."""
 
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lowbit_kernels.conversion.registry import ADAPTERS, FINISHERS, Adapter
 from lowbit_kernels.formats import QuantConfig
-from lowbit_kernels.integrations.class_swap import swap_adapter
+from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
+from lowbit_kernels.integrations.conformer import (
+    UncachedRotaryEmbedding,
+    matches_rotary_embedding,
+)
 from lowbit_kernels.integrations.front_end import (
     mask_front_end,
     matches_front_end,
     restore_front_end,
 )
+from lowbit_kernels.integrations.multihead import (
+    expose_multihead,
+    matches_multihead,
+    restore_multihead,
+)
+from lowbit_kernels.integrations.torchaudio import (
+    FusedWavLMSelfAttention,
+    MaskedConvLayerBlock,
+    matches_conv_layer_block,
+    matches_wavlm_self_attention,
+)
 from lowbit_kernels.integrations.wavlm import FusedWavLMAttention, matches_wavlm_attention
+from lowbit_kernels.integrations.xvector import UnfoldedTDNNLayer, matches_tdnn_layer
+
+if TYPE_CHECKING:
+    from lowbit_kernels.conversion.registry import Adapter
 
 
 def register() -> None:
-    """Add what this package knows to conversion's lists; called once."""
+    """Add what this package knows to conversion's lists; called once, when they come to exist."""
+    from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, FINISHERS, Adapter
+
     ADAPTERS.append(Adapter(matches_front_end, mask_front_end, restore_front_end))
-    ADAPTERS.append(swap_adapter(matches_wavlm_attention, FusedWavLMAttention))
+    ADAPTERS.append(_swap(matches_conv_layer_block, MaskedConvLayerBlock))
+    ADAPTERS.append(_swap(matches_rotary_embedding, UncachedRotaryEmbedding))
+    EXPOSERS.append(Adapter(matches_multihead, expose_multihead, restore_multihead))
+    EXPOSERS.append(_swap(matches_wavlm_attention, FusedWavLMAttention))
+    EXPOSERS.append(_swap(matches_wavlm_self_attention, FusedWavLMSelfAttention))
+    EXPOSERS.append(_swap(matches_tdnn_layer, UnfoldedTDNNLayer))
     FINISHERS.append(_tell_transformers)
+
+
+def _swap(matches: Callable[[nn.Module], bool], mixin: type[Swapped]) -> "Adapter":
+    """An adapter that swaps the class of every module that ``matches``."""
+    from lowbit_kernels.conversion.registry import Adapter
+
+    def adapt(module: nn.Module) -> nn.Module:
+        swap_class(module, mixin)
+        return module
+
+    def restore(module: nn.Module) -> nn.Module:
+        if isinstance(module, mixin):
+            restore_class(module)
+        return module
+
+    return Adapter(lambda m: not isinstance(m, Swapped) and matches(m), adapt, restore)
 
 
 def _tell_transformers(model: nn.Module, config: QuantConfig | None) -> None:

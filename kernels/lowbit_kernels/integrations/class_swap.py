@@ -5,13 +5,11 @@ to initialize), so a foreign module in their place loses features without a word
 them all, and the parameters stay where they are.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import nn
 
-from lowbit_kernels.conversion.registry import Adapter
+_SUBCLASSES: dict[tuple[type, type], Any] = {}
 
 
 class Swapped:
@@ -36,26 +34,13 @@ def restore_class(module: nn.Module) -> None:
         module.__class__ = module._origin
 
 
-def swap_adapter(matches: Callable[[nn.Module], bool], mixin: type[Swapped]) -> Adapter:
-    """An adapter that swaps the class of every module that ``matches``."""
-
-    def adapt(module: nn.Module) -> nn.Module:
-        swap_class(module, mixin)
-        return module
-
-    def restore(module: nn.Module) -> nn.Module:
-        if isinstance(module, mixin):
-            restore_class(module)
-        return module
-
-    return Adapter(lambda m: not isinstance(m, Swapped) and matches(m), adapt, restore)
-
-
-@cache
-def _subclass(mixin: type[Swapped], origin: type) -> type:
-    # named as the original, so that reports and saved configs read as before
-    names = {"_mixin": mixin, "_origin": origin, "__module__": origin.__module__}
-    return type(origin.__name__, (mixin, origin), names)
+def _subclass(mixin: type[Swapped], origin: type) -> Any:
+    key = (mixin, origin)
+    if key not in _SUBCLASSES:
+        # named as the original, so that reports and saved configs read as before
+        names = {"_mixin": mixin, "_origin": origin, "__module__": origin.__module__}
+        _SUBCLASSES[key] = type(origin.__name__, (mixin, origin), names)
+    return _SUBCLASSES[key]
 
 
 def _rebuild(mixin: type[Swapped], origin: type) -> Any:

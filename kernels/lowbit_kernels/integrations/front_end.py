@@ -74,7 +74,7 @@ class MaskedFeatureEncoder(Swapped):
             else:
                 hidden_states = layer(hidden_states)
                 if zero:  # an input scale is one an utterance: padding must not raise it
-                    hidden_states = _zero_padding(hidden_states, lengths)
+                    hidden_states = zero_padding(hidden_states, lengths)
         return hidden_states
 
 
@@ -117,7 +117,8 @@ def _pass_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Forward pre-hook of the model: hand the front end each utterance's samples."""
     waveforms = args[0] if args else kwargs.get("input_values")
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    module.feature_extractor._lengths = None if mask is None else mask.sum(-1)
+    encoder: Any = module.feature_extractor
+    encoder._lengths = None if mask is None else mask.sum(-1)
     if mask is None and not torch.compiler.is_compiling():
         _warn_if_padded(waveforms)
 
@@ -145,7 +146,8 @@ def _frames(lengths: Tensor, conv: Any) -> Tensor:
     return torch.div(lengths + padding - span, conv.stride[0], rounding_mode="floor") + 1
 
 
-def _zero_padding(hidden_states: Tensor, lengths: Tensor) -> Tensor:
+def zero_padding(hidden_states: Tensor, lengths: Tensor) -> Tensor:
+    """Zero [B, C, T] from frame ``lengths[b]`` on."""
     frames = torch.arange(hidden_states.shape[-1], device=hidden_states.device)
     return hidden_states.masked_fill(frames >= lengths[:, None, None], 0)
 

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from lowbit_kernels.conversion import adapt, dequantize, quantize
+from lowbit_kernels.conversion import adapt, dequantize, exposed, quantize
 from lowbit_kernels.formats import QuantConfig
 from lowbit_kernels.integrations.huggingface_config import QUANT_METHOD, LowbitConfig
 from lowbit_kernels.integrations.skeletons import layer_table, place_skeletons
@@ -35,7 +35,8 @@ class LowbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
-            place_skeletons(model, self.quantization_config.layers)
+            with exposed(model):
+                place_skeletons(model, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.quant_config
@@ -47,7 +48,8 @@ class LowbitQuantizer(HfQuantizer):
             quantize(model, config, method=self.quantization_config.method or "rtn")
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return dequantize(model).to(dtype)
+        dequantize(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works: yes."""
@@ -89,7 +91,7 @@ def attach(model: Any, config: QuantConfig) -> None:
         model: holds quantized layers.
         config: what it was quantized with.
     """
-    stored = LowbitConfig(config=config.to_dict(), layers=layer_table(model))
+    stored = LowbitConfig(config=config.to_dict(), method=None, layers=layer_table(model))
     model.config.quantization_config = stored
     model.hf_quantizer = LowbitQuantizer(stored, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
@@ -119,6 +121,8 @@ def _check_scales(model: nn.Module) -> None:
     """Refuse a model whose scales were cast on the way in: the digits would be gone for good."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
-            wanted = torch.float16 if module.zero_point is not None else torch.float32
-            if module.scale.dtype != wanted:
-                raise ValueError(f"{name}.scale must be {wanted}, got {module.scale.dtype}")
+            wide = torch.float32 if module.zero_point is None else torch.float16
+            for scale, wanted in (("scale", wide), ("input_scale", torch.float32)):
+                tensor = getattr(module, scale)
+                if tensor is not None and tensor.dtype != wanted:
+                    raise ValueError(f"{name}.{scale} must be {wanted}, got {tensor.dtype}")

@@ -3,8 +3,6 @@
 Dimension key: B batch, H heads, T frames, D head dimension, C = H * D.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from lowbit_kernels.attention import DenseBias, flash_attention
@@ -18,7 +16,6 @@ class FusedWavLMAttention(Swapped):
     """
 
     num_heads: int
-    scaling: float
     dropout: float
     training: bool
     q_proj: nn.Module
@@ -54,7 +51,6 @@ class FusedWavLMAttention(Swapped):
             v,
             lengths=None if attention_mask is None else attention_mask.ne(0).sum(-1),
             position=DenseBias(gated_position_bias.view(B, self.num_heads, T, T)),
-            scale=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
         )
         merged = out.transpose(1, 2).reshape(hidden_states.shape)
@@ -62,10 +58,11 @@ class FusedWavLMAttention(Swapped):
         return projected, None
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        B, T, C = x.shape
+        return x.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2)
 
 
 def matches_wavlm_attention(module: nn.Module) -> bool:
     """Whether a module is the attention of transformers' WavLM."""
-    kind: Any = type(module)
+    kind = type(module)
     return kind.__name__ == "WavLMAttention" and kind.__module__.startswith("transformers.")

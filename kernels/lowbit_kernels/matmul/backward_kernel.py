@@ -5,6 +5,7 @@ Dimension key: M rows, N output features (the reduction here), K input features.
 The weight is the right operand. One program owns one slice of BLOCK_BYTES bytes, that is
 BLOCK_BYTES columns of dx in runs of 32, and reads the bytes of all slices: they are few.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import torch
 import triton
@@ -23,7 +24,7 @@ def _per_column(values, BLOCK_N: tl.constexpr, BLOCK_BYTES: tl.constexpr):
     return wide.reshape(BLOCK_N, BLOCK_BYTES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_dx_kernel(
     dz_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, dx_ptr,
     M, N, K, row_bytes, num_groups,

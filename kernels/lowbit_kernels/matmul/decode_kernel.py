@@ -5,6 +5,7 @@ codes, slice u in bits [u * BITS, (u + 1) * BITS).
 
 Dimension key: N output features, K input features, G weights a group scale.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import torch
 import triton

@@ -3,6 +3,7 @@
 Dimension key: M rows, N features before the activation, N_out after it (N / 2 with ``glu``),
 S parts of a sum over K.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import torch
 import triton
@@ -71,7 +72,7 @@ def _sum_parts(parts_ptr, offs, size, num_parts):
     return total.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _finish_kernel(
     parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
     M, N, N_out, num_parts,
@@ -145,7 +146,7 @@ def finish_triton(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _epilogue_backward_kernel(
     dy_ptr, z_ptr, dz_ptr, partial_ptr,
     M, N, N_out,

@@ -19,7 +19,8 @@ from lowbit_kernels.matmul.dispatch import LinearConfig
 from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
 
 
-@triton.jit
+# lengths differ from utterance to utterance, and must not compile a kernel each
+@triton.jit(do_not_specialize=["M", "T"])
 def _linear_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
     bias_ptr, residual_ptr, y_ptr, z_ptr,

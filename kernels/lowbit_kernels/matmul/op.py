@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.cpu.linear import linear_cpu
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import (
     apply_epilogue,
@@ -19,7 +20,6 @@ from lowbit_kernels.matmul.reference import (
     linear_backward_reference,
     linear_reference,
 )
-from lowbit_kernels.matmul.reference import linear_reference as linear_cpu
 
 EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -290,9 +290,9 @@ def _check_like(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Ten
         )
 
 
-def _autocast(tensor: Tensor | None, device_type: str) -> Tensor | None:
-    """What autocast makes of an argument of F.linear; fp64 stays."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+def _autocast(tensor: Tensor, device_type: str) -> Tensor:
+    """What autocast makes of an argument of F.linear: fp64 and integers stay."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
 
@@ -333,9 +333,10 @@ def low_bit_linear(
     _check_weight(weight, epilogue)
     device_type = x.device.type
     # autocast does not know the meta device
-    if not x.is_meta and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-        bias, residual = _autocast(bias, device_type), _autocast(residual, device_type)
+    if not x.is_meta and torch.is_autocast_enabled(device_type):
+        x = _autocast(x, device_type)
+        bias = None if bias is None else _autocast(bias, device_type)
+        residual = None if residual is None else _autocast(residual, device_type)
     _check_input(x, weight)
     _check_like("bias", bias, (weight.N,), x)
     _check_like("residual", residual, _output_shape(x, weight.N, epilogue), x)

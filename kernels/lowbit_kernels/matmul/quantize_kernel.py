@@ -2,6 +2,7 @@
 
 Dimension key: M rows, seen as [B, T]; K input features.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 from lowbit_kernels.matmul.reference import INT8_MAX, MIN_INPUT_SCALE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _quantize_rows_kernel(
     x_ptr, q_ptr, scale_ptr,
     K, T,

@@ -84,7 +84,8 @@ def _add_phase(
     return acc
 
 
-@triton.jit
+# a new length must not compile again
+@triton.jit(do_not_specialize=["T", "T_out", "chunks", "left"])
 def _depthwise_conv1d_kernel(
     x_ptr, level_ptr, scale_ptr, input_scale_ptr, bias_ptr, residual_ptr, lengths_ptr,
     y_ptr, z_ptr,

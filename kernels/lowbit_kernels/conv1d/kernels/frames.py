@@ -22,7 +22,7 @@ def _load_frames(x_ptr, frame, offs_c, limit, C, stride_xt):
     return tl.load(x_ptrs, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _largest_magnitude_kernel(
     x_ptr, lengths_ptr, part_ptr,
     T, C, stride_xb, stride_xt,
@@ -46,7 +46,8 @@ def _largest_magnitude_kernel(
     tl.store(part_ptr + batch * PARTS + part, tl.max(tl.max(largest, 1), 0))
 
 
-@triton.jit
+# a new length must not compile again
+@triton.jit(do_not_specialize=["T", "T_padded", "left", "tiles_t"])
 def _copy_frames_kernel(
     x_ptr, part_ptr, static_scale_ptr, lengths_ptr, out_ptr, scale_ptr,
     T, T_padded, C, left, tiles_t, stride_xb, stride_xt,
@@ -142,6 +143,6 @@ def _launch_copy(
     _copy_frames_kernel[(B * tiles_t, triton.cdiv(C, BLOCK_C))](
         x, part, static_scale, lengths, out, scale,
         x.shape[1], T_padded, C, left, tiles_t, x.stride(0), x.stride(1),
-        PARTS=1 if part is None else part.shape[1], INT8_MAX=float(INT8_MAX), MIN_SCALE=MIN_INPUT_SCALE,
-        BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
+        PARTS=1 if part is None else part.shape[1], INT8_MAX=float(INT8_MAX),
+        MIN_SCALE=MIN_INPUT_SCALE, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
     )  # fmt: skip

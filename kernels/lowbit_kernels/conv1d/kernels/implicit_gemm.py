@@ -22,7 +22,8 @@ BLOCK_N = 64
 BLOCK_T = {8: 64, 4: 64, 2: 64, 1: 32}
 
 
-@triton.jit
+# a new length must not compile again
+@triton.jit(do_not_specialize=["T", "T_out", "tiles_t", "left"])
 def _implicit_gemm_conv1d_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, input_scale_ptr,
     bias_ptr, residual_ptr, lengths_ptr, y_ptr, z_ptr,

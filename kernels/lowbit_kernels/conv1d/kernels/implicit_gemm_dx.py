@@ -19,7 +19,8 @@ from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_levels
 BLOCK_T, BLOCK_N, BLOCK_C = 64, 32, 64
 
 
-@triton.jit
+# a new length must not compile again
+@triton.jit(do_not_specialize=["T", "T_out", "tiles_t", "left"])
 def _implicit_gemm_conv1d_dx_kernel(
     dz_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, lengths_ptr, dx_ptr,
     T, T_out, N, C, N_group, num_scales, tiles_t,

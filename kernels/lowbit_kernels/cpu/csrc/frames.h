@@ -40,42 +40,57 @@ struct Depthwise {
   int64_t threads;
 };
 
-constexpr int DEPTHWISE_ROWS = 8;
+// a tile is 8 frames of one vector; 4 vectors are read together, since neighbours share memory pages
+constexpr int DEPTHWISE_ROWS = 8, DEPTHWISE_CHANNELS = 4 * LANES;
 
 // frames that whole tiles of outputs read, padding included
 static inline int64_t depthwise_frames(const Depthwise& p) {
   return (p.out_frames + DEPTHWISE_ROWS - 1) * p.stride + (p.taps - 1) * p.dilation + 1;
 }
 
-// channels [c, c + 16); buffer [padded, 16] holds their frames, quantized where the input is int8:
-// integers in float, whose sums stay below 2^24 and are therefore exact
-static void depthwise_vector(const Depthwise& p, int64_t c, float* buffer) {
-  int count = lanes_left(p.channels - c);
-  for (int64_t i = 0, frames = depthwise_frames(p); i < frames; i++) {
+// padded input of channels [c, c + channels) as [frames, DEPTHWISE_CHANNELS], quantized where the
+// input is int8: integers in float, whose sums stay below 2^24 and are therefore exact
+static void depthwise_input(const Depthwise& p, int64_t c, int channels, float* buffer) {
+  float inverse = p.input_scale ? 1.0f / *p.input_scale : 0.0f;
+  for (int64_t i = 0, frames = depthwise_frames(p); i < frames; i++, buffer += DEPTHWISE_CHANNELS) {
     int64_t t = i - p.padding;
-    vfloat v = {};
-    if (t >= 0 && t < p.valid) v = load_some(p.x + t * p.channels + c, count);
-    if (p.input_scale) {
-      v = min(max(v * (1.0f / *p.input_scale), splat(-127.0f)), splat(127.0f));
-      v = to_float(round_to_int(v));
+    bool inside = t >= 0 && t < p.valid;
+    for (int v = 0; v < channels; v += LANES) {
+      vfloat x = {};
+      if (inside) x = load_some(p.x + t * p.channels + c + v, lanes_left(channels - v));
+      if (p.input_scale) x = to_float(round_to_int(clamped(x * inverse)));
+      store(buffer + v, x);
     }
-    store(buffer + i * LANES, v);
+  }
+}
+
+// output frames [t, t + 8) of channels [c, c + count), whose input begins at `from`
+static void depthwise_tile(const Depthwise& p, int64_t c, int count, int64_t t, const float* from) {
+  vfloat sums[DEPTHWISE_ROWS] = {};
+  for (int64_t k = 0; k < p.taps; k++, from += p.dilation * DEPTHWISE_CHANNELS) {
+    vfloat w = load_some(p.weight + k * p.channels + c, count);
+#pragma GCC unroll 8
+    for (int r = 0; r < DEPTHWISE_ROWS; r++)
+      sums[r] += w * load<vfloat>(from + r * p.stride * DEPTHWISE_CHANNELS);
   }
   vfloat scale = load_some(p.scale + c, count);
   if (p.input_scale) scale *= *p.input_scale;
   vfloat bias = p.bias ? load_some(p.bias + c, count) : vfloat{};
-  for (int64_t t = 0; t < p.out_frames; t += DEPTHWISE_ROWS) {
-    vfloat sums[DEPTHWISE_ROWS] = {};
-    for (int64_t k = 0; k < p.taps; k++) {
-      vfloat w = load_some(p.weight + k * p.channels + c, count);
-      const float* from = buffer + (t * p.stride + k * p.dilation) * LANES;
-      for (int r = 0; r < DEPTHWISE_ROWS; r++)
-        sums[r] += w * load<vfloat>(from + r * p.stride * LANES);
-    }
-    for (int r = 0; r < DEPTHWISE_ROWS && t + r < p.out_frames; r++) {
-      vfloat y = activate(sums[r] * scale + bias, p.activation);
-      if (p.residual) y += load_some(p.residual + (t + r) * p.channels + c, count);
-      store_some(p.out + (t + r) * p.channels + c, y, count);
-    }
+#pragma GCC unroll 8  // an index that is no constant would keep the sums in memory
+  for (int r = 0; r < DEPTHWISE_ROWS; r++) {
+    if (t + r >= p.out_frames) break;
+    int64_t at = (t + r) * p.channels + c;
+    vfloat y = activate(sums[r] * scale + bias, p.activation);
+    if (p.residual) y += load_some(p.residual + at, count);
+    store_some(p.out + at, y, count);
   }
+}
+
+static void depthwise_channels(const Depthwise& p, int64_t c, float* buffer) {
+  int channels = p.channels - c < DEPTHWISE_CHANNELS ? (int)(p.channels - c) : DEPTHWISE_CHANNELS;
+  depthwise_input(p, c, channels, buffer);
+  for (int64_t t = 0; t < p.out_frames; t += DEPTHWISE_ROWS)
+    for (int v = 0; v < channels; v += LANES)
+      depthwise_tile(p, c + v, lanes_left(channels - v), t,
+                     buffer + t * p.stride * DEPTHWISE_CHANNELS + v);
 }

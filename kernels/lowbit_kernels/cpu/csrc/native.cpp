@@ -1,7 +1,9 @@
 // The functions that Python calls through ctypes; one translation unit.
 #include <omp.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
+#include "attention.h"
 #include "frames.h"
 #include "matmul.h"
 #include "rows.h"
@@ -12,6 +14,16 @@ extern "C" int has_int8_matmul() {
   return 1;
 #else
   return 0;
+#endif
+}
+
+// ask for large pages under fresh memory: faulting it in by small ones costs more than using it
+extern "C" void advise_large_pages(char* start, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096;
+  uintptr_t first = ((uintptr_t)start + page - 1) / page * page;
+  uintptr_t end = ((uintptr_t)start + bytes) / page * page;
+  if (end > first) madvise((void*)first, end - first, MADV_HUGEPAGE);
 #endif
 }
 
@@ -80,12 +92,12 @@ extern "C" void quantize_frames(const float* x, int64_t frames, int64_t valid, i
 
 extern "C" int depthwise(const Depthwise* args) {
   const Depthwise& p = *args;
-  int64_t size = depthwise_frames(p) * LANES;
+  int64_t size = depthwise_frames(p) * DEPTHWISE_CHANNELS;
   float* buffers = (float*)aligned_alloc(64, p.threads * size * 4);
   if (!buffers) return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(p.threads)
-  for (int64_t c = 0; c < p.channels; c += LANES)
-    depthwise_vector(p, c, buffers + omp_get_thread_num() * size);
+  for (int64_t c = 0; c < p.channels; c += DEPTHWISE_CHANNELS)
+    depthwise_channels(p, c, buffers + omp_get_thread_num() * size);
   free(buffers);
   return 0;
 }
@@ -119,4 +131,32 @@ extern "C" void finish_rows(float* x, int64_t rows, const RowFinish* finish) {
     largest = here > largest ? here : largest;
   }
   if (finish->largest) raise_to(finish->largest, largest);
+}
+
+extern "C" int attention(const Attention* args) {
+  const Attention& p = *args;
+  int64_t panels = (p.T + PANEL - 1) / PANEL, head = panels * PANEL * p.D;
+  int64_t scores = TILE_ROWS * panels * PANEL, queries = TILE_ROWS * ((p.D + LANES - 1) / LANES * LANES);
+  float* keys = (float*)aligned_alloc(64, p.B * p.H * head * 4);
+  float* buffers = (float*)aligned_alloc(64, p.threads * (scores + queries) * 4);
+  if (keys && buffers) {
+#pragma omp parallel for collapse(2) num_threads(p.threads)
+    for (int64_t n = 0; n < p.B * p.H; n++)
+      for (int64_t i = 0; i < panels; i++)
+        pack_keys(p.k + n / p.H * p.k_strides[0] + n % p.H * p.k_strides[1], p.k_strides[2], i * PANEL,
+                  p.T, p.D, keys + n * head + i * PANEL * p.D);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(p.threads)
+    for (int64_t n = 0; n < p.B * p.H; n++)
+      for (int64_t block = 0; block < p.T; block += QUERY_BLOCK) {
+        int64_t b = n / p.H, end = block + QUERY_BLOCK < p.T ? block + QUERY_BLOCK : p.T;
+        int64_t length = p.lengths && p.lengths[b] < p.T ? p.lengths[b] : p.T;
+        float* buffer = buffers + omp_get_thread_num() * (scores + queries);
+        for (int64_t t = block; t < end; t += TILE_ROWS)
+          attend_rows(p, b, n % p.H, t, length, keys + n * head, buffer + scores, buffer);
+      }
+  }
+  int failed = !keys || !buffers;
+  free(keys);
+  free(buffers);
+  return failed;
 }

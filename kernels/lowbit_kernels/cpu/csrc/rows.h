@@ -72,9 +72,12 @@ static void first_conv_rows(const FirstConv& p, int64_t channels, int64_t t, int
     for (int64_t k = 0; k < p.taps; k++) {
       vfloat w = load_some(p.weight + k * channels + c, count);
       // rows past the end repeat the last one
+#pragma GCC unroll 4
       for (int64_t r = 0; r < FIRST_ROWS; r++)
         sums[r] += w * p.x[(t + (r < rows ? r : rows - 1)) * p.stride + k];
     }
-    for (int64_t r = 0; r < rows; r++) store_some(out + r * channels + c, sums[r], count);
+#pragma GCC unroll 4  // an index that is no constant would keep the sums in memory
+    for (int r = 0; r < FIRST_ROWS; r++)
+      if (r < rows) store_some(out + r * channels + c, sums[r], count);
   }
 }

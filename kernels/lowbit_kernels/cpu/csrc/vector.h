@@ -74,9 +74,11 @@ static inline float horizontal_sum(vfloat v) {
 // round half to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits
 static inline vint round_to_int(vfloat x) { return as_int(x + 12582912.0f) - 0x4b400000; }
 
+static inline vfloat clamped(vfloat x) { return min(max(x, splat(-127.0f)), splat(127.0f)); }
+
 // uint8 with zero point 128, from a value in units of its scale
 static inline vbyte quantized(vfloat x) {
-  vint q = round_to_int(min(max(x, splat(-127.0f)), splat(127.0f))) + 128;
+  vint q = round_to_int(clamped(x)) + 128;
   return __builtin_convertvector(q, vbyte);
 }
 
@@ -88,7 +90,8 @@ static inline vfloat horner(const float (&c)[N], vfloat x) {
 }
 
 static inline vfloat exp(vfloat x) {
-  x = min(max(x, splat(-87.0f)), splat(88.0f));
+  x = x < -87.0f ? splat(-87.0f) : x;  // these two keep NaN
+  x = x > 88.0f ? splat(88.0f) : x;
   vint n = round_to_int(x * 1.44269504f);
   // ln 2 in two parts, so that the difference is exact
   vfloat r = (x - to_float(n) * 0.693359375f) + to_float(n) * 2.12194440e-4f;

@@ -1,0 +1,45 @@
+"""Modules that read raw weights, made to call layers while a model is planned and converted."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lowbit_kernels.conversion.registry import EXPOSERS
+from lowbit_kernels.modules import QuantizedModule
+
+
+@contextmanager
+def exposed(model: nn.Module, only: Collection[str] | None = None) -> Iterator[None]:
+    """Let the registered exposers stand in for the modules they match, in place.
+
+    Whatever holds no quantized layer at the end, as after a dry run or an error, is put back.
+
+    Args:
+        model: any module.
+        only: names of layers; modules that hold none of them are left alone. ``None``: no such
+            limit.
+    """
+    replaced = []
+    # children first: an exposer may ask what became of them
+    for name, module in reversed(list(model.named_modules())):
+        for exposer in EXPOSERS:
+            if name and _holds(name, only) and exposer.matches(module):
+                stand_in = exposer.adapt(module)
+                if stand_in is not module:
+                    model.set_submodule(name, stand_in)
+                replaced.append((name, module, stand_in, exposer))
+    try:
+        yield
+    finally:
+        for name, module, stand_in, exposer in replaced:
+            if any(isinstance(part, QuantizedModule) for part in stand_in.modules()):
+                continue
+            if stand_in is module:
+                exposer.restore(module)
+            else:
+                model.set_submodule(name, module)
+
+
+def _holds(name: str, only: Collection[str] | None) -> bool:
+    return only is None or any(layer.startswith(f"{name}.") for layer in only)

@@ -1,0 +1,148 @@
+// softmax(scale Q K' + bias) V for one head at a time, keys up to a length and inside a window.
+//
+// Eight queries see all their keys at once: their scores [8, keys] stay in the cache, so that the
+// softmax needs no second thought and no rescaling.
+#pragma once
+
+#include "matmul.h"
+
+struct Attention {
+  int64_t B, H, T, D;
+  const float* q;
+  const float* k;
+  const float* v;               // [B, H, T, D] by their strides, D contiguous
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  const int64_t* lengths;       // [B] or null
+  const float* bias;            // [B, H, T, T] by its strides, keys contiguous; or null
+  int64_t bias_strides[3];
+  int64_t window;               // frames seen on each side; negative: all
+  float scale;
+  float* out;                   // [B, T, H, D]
+  float* lse;                   // [B, H, T]
+  int64_t threads;
+};
+
+// queries of a task, a multiple of TILE_ROWS
+constexpr int QUERY_BLOCK = 64;
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+// one panel of keys, [D, 48]; keys past the end repeat the last one and are masked later
+static void pack_keys(const float* k, int64_t stride, int64_t first, int64_t T, int64_t D, float* panel) {
+  for (int64_t j = 0; j < PANEL; j++) {
+    const float* row = k + (first + j < T ? first + j : T - 1) * stride;
+    for (int64_t d = 0; d < D; d++) panel[d * PANEL + j] = row[d];
+  }
+}
+
+// sums[r][v] += a[r, 0..count) B[0..count, v], both walked by their strides; the last vector of B
+// has `last_lanes` lanes unless it is FULL
+template <int VECTORS, bool FULL>
+static inline void accumulate(vfloat (&sums)[TILE_ROWS][VECTORS], const float* a, int64_t a_stride,
+                              const float* b, int64_t b_stride, int64_t count, int last_lanes) {
+  for (int64_t i = 0; i < count; i++) {
+    vfloat column[VECTORS];
+    for (int v = 0; v < VECTORS; v++)
+      column[v] = FULL || v + 1 < VECTORS ? load<vfloat>(b + i * b_stride + v * LANES)
+                                          : load_some(b + i * b_stride + v * LANES, last_lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++) {
+      vfloat x = splat(a[r * a_stride + i]);
+      for (int v = 0; v < VECTORS; v++) sums[r][v] += x * column[v];
+    }
+  }
+}
+
+// scores of eight queries against keys [first, end), panels of 48 from `first` on
+static void score_rows(const Attention& p, const float* q, int64_t q_stride, const float* panels,
+                       int64_t first, int64_t end, float* scores, int64_t width) {
+  for (int64_t j = first; j < end; j += PANEL, panels += p.D * PANEL) {
+    vfloat sums[TILE_ROWS][TILE_VECTORS] = {};
+    accumulate<TILE_VECTORS, true>(sums, q, q_stride, panels, PANEL, p.D, LANES);
+    for (int r = 0; r < TILE_ROWS; r++)
+      for (int v = 0; v < TILE_VECTORS; v++)
+        store(scores + r * width + (j - first) + v * LANES, sums[r][v] * p.scale);
+  }
+}
+
+// scores [width] to probabilities before division; returns their sum, 0 where no key is seen.
+// Keys [from, to) of those in the buffer are seen.
+static float softmax_row(float* s, int64_t width, int64_t from, int64_t to, const float* bias, float* lse) {
+  vfloat top = splat(MINUS_INFINITY);
+  static const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t j = 0; j < width; j += LANES) {
+    vfloat x = load<vfloat>(s + j);
+    if (bias && j < to) x += load_some(bias + j, lanes_left(to - j));
+    vint key = lane + (int)j;
+    x = (key >= (int)from) & (key < (int)to) ? x : splat(MINUS_INFINITY);
+    store(s + j, x);
+    top = max(x, top);
+  }
+  float largest = MINUS_INFINITY;
+  for (int i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+  if (largest == MINUS_INFINITY) largest = 0.0f;  // nothing is seen, or only NaN
+  vfloat sum = {};
+  for (int64_t j = 0; j < width; j += LANES) {
+    vfloat x = load<vfloat>(s + j);
+    vfloat e = x == MINUS_INFINITY ? splat(0.0f) : exp(x - largest);
+    store(s + j, e);
+    sum += e;
+  }
+  float total = horizontal_sum(sum);
+  *lse = total == 0.0f ? 0.0f : largest + __builtin_logf(total);
+  return total;
+}
+
+template <int VECTORS>
+static void mix_values(const float* probs, int64_t width, const float* v, int64_t v_stride,
+                       int64_t keys, int last_lanes, const float* total, int rows, float* out,
+                       int64_t out_stride) {
+  vfloat sums[TILE_ROWS][VECTORS] = {};
+  if (last_lanes == LANES)
+    accumulate<VECTORS, true>(sums, probs, width, v, v_stride, keys, LANES);
+  else
+    accumulate<VECTORS, false>(sums, probs, width, v, v_stride, keys, last_lanes);
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < VECTORS; i++) {
+      vfloat y = total[r] == 0.0f ? vfloat{} : sums[r][i] / total[r];
+      store_some(out + r * out_stride + i * LANES, y, i + 1 < VECTORS ? LANES : last_lanes);
+    }
+}
+
+// eight queries from t on; scores: [8, width]
+static void attend_rows(const Attention& p, int64_t b, int64_t h, int64_t t, int64_t length,
+                        const float* panels, float* q_rows, float* scores) {
+  int rows = p.T - t < TILE_ROWS ? (int)(p.T - t) : TILE_ROWS;
+  int64_t first = 0, end = length;
+  if (p.window >= 0) {
+    first = t > p.window ? (t - p.window) / PANEL * PANEL : 0;
+    end = t + rows + p.window < length ? t + rows + p.window : length;
+  }
+  int64_t width = end > first ? (end - first + PANEL - 1) / PANEL * PANEL : 0;
+  const float* q = p.q + b * p.q_strides[0] + h * p.q_strides[1];
+  for (int r = 0; r < TILE_ROWS; r++)  // rows past the end repeat the last one
+    memcpy(q_rows + r * p.D, q + (t + (r < rows ? r : rows - 1)) * p.q_strides[2], p.D * 4);
+  score_rows(p, q_rows, p.D, panels + first * p.D, first, end, scores, width);
+  float total[TILE_ROWS];
+  for (int r = 0; r < TILE_ROWS; r++) {
+    int64_t row = t + (r < rows ? r : rows - 1), from = 0, to = end - first;
+    if (p.window >= 0) {
+      if (row - p.window > first) from = row - p.window - first;
+      if (row + p.window + 1 < end) to = row + p.window + 1 - first;
+    }
+    if (row >= length) to = 0;  // a padded query sees nothing
+    const float* bias = p.bias;
+    if (bias) bias += b * p.bias_strides[0] + h * p.bias_strides[1] + row * p.bias_strides[2] + first;
+    total[r] = softmax_row(scores + r * width, width, from, to, bias, p.lse + (b * p.H + h) * p.T + row);
+  }
+  const float* v = p.v + b * p.v_strides[0] + h * p.v_strides[1] + first * p.v_strides[2];
+  float* out = p.out + ((b * p.T + t) * p.H + h) * p.D;
+  int64_t keys = end > first ? end - first : 0;
+  for (int64_t d = 0; d < p.D;) {
+    int64_t left = p.D - d, vectors = (left + LANES - 1) / LANES;
+    if (vectors > 3) vectors = vectors == 4 ? 2 : 3;  // 4 as 2 + 2: one vector alone is slow
+    int last = lanes_left(left - (vectors - 1) * LANES);
+    auto mix = vectors == 3 ? mix_values<3> : vectors == 2 ? mix_values<2> : mix_values<1>;
+    mix(scores, width, v + d, p.v_strides[2], keys, last, total, rows, out + d, p.H * p.D);
+    d += vectors * LANES;
+  }
+}

@@ -1,0 +1,129 @@
+"""Modules of torchaudio's Wav2Vec2Model, known by the names of their classes and children.
+
+Dimension key: B batch, C channels, T frames, E embedding, H heads, D = E / H.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit_kernels.attention import DenseBias, flash_attention
+from lowbit_kernels.integrations.class_swap import Swapped
+from lowbit_kernels.integrations.front_end import zero_padding
+from lowbit_kernels.integrations.multihead import LinearMultiheadAttention
+from lowbit_kernels.norm import masked_group_norm
+
+
+class MaskedConvLayerBlock(Swapped):
+    """A convolution of the front end; its GroupNorm sees valid frames only."""
+
+    conv: Any
+    layer_norm: nn.Module | None
+    kernel_size: int
+    stride: int
+
+    def forward(self, x: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, C_in, T_in] and valid frames [B] to [B, C, T] and valid frames [B]."""
+        if length is None:
+            plain: tuple[Tensor, Tensor | None] = super().forward(x, None)  # type: ignore[misc]
+            return plain
+        spec = getattr(self.conv, "spec", None)
+        if spec is not None and spec.inputs is not None:
+            x = zero_padding(x, length)  # an input scale is one an utterance
+        frames = torch.div(length - self.kernel_size, self.stride, rounding_mode="floor") + 1
+        frames = frames.clamp(min=0)
+        x, norm = self.conv(x), self.layer_norm
+        if isinstance(norm, nn.GroupNorm):
+            x = masked_group_norm(
+                x, norm.weight, norm.bias,
+                lengths=frames, num_groups=norm.num_groups, eps=norm.eps,
+            )  # fmt: skip
+        elif norm is not None:
+            x = norm(x)
+        return F.gelu(x), frames
+
+
+class FusedWavLMSelfAttention(Swapped):
+    """WavLM's attention, calling layers where it reads the weights of nn.MultiheadAttention."""
+
+    attention: LinearMultiheadAttention
+    num_heads: int
+    dropout: float
+    training: bool
+    gru_rel_pos: bool
+    gru_rel_pos_linear: nn.Module
+    gru_rel_pos_const: Tensor
+    rel_attn_embed: nn.Module | None
+    compute_bias: Any
+
+    def forward(
+        self,
+        query: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over [B, T, E].
+
+        Args:
+            query: [B, T, E].
+            key_padding_mask: [B, T], true for padding, which comes last.
+            attention_mask: must be None, as in torchaudio.
+            position_bias: [B, H, T, T], what the layer before returned.
+
+        Returns:
+            [B, T, E], and the position bias for the next layer.
+
+        Raises:
+            ValueError: if ``attention_mask`` is given.
+        """
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None in WavLM; use key_padding_mask")
+        B, T, E = query.shape
+        if self.rel_attn_embed is not None and position_bias is None:
+            position_bias = self.compute_bias(T, T).expand(B, -1, -1, -1)
+        q, k, v = (
+            x.reshape(B, T, self.num_heads, -1).transpose(1, 2)
+            for x in self.attention.in_proj(query).chunk(3, -1)
+        )
+        bias = None if position_bias is None else DenseBias(self._gated(query, position_bias))
+        out = flash_attention(
+            q,
+            k,
+            v,
+            lengths=None if key_padding_mask is None else (~key_padding_mask.bool()).sum(-1),
+            position=bias,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.attention.out_proj(out.transpose(1, 2).reshape(B, T, E)), position_bias
+
+    def _gated(self, query: Tensor, position_bias: Tensor) -> Tensor:
+        """The position bias [B, H, T, T], times a gate for each query frame."""
+        if not self.gru_rel_pos:
+            return position_bias
+        B, T, _ = query.shape
+        heads = query.reshape(B, T, self.num_heads, -1).transpose(1, 2)  # [B, H, T, D]
+        logits = self.gru_rel_pos_linear(heads).view(B, self.num_heads, T, 2, 4).sum(-1)
+        update, reset = logits.sigmoid().chunk(2, -1)  # [B, H, T, 1]
+        gate: Tensor = update * (reset * self.gru_rel_pos_const - 1) + 2
+        return gate * position_bias
+
+
+def matches_conv_layer_block(module: nn.Module) -> bool:
+    """Whether a module is a convolution of torchaudio's front end."""
+    return (
+        type(module).__name__ == "ConvLayerBlock"
+        and isinstance(getattr(module, "conv", None), nn.Conv1d)
+        and hasattr(module, "layer_norm")
+        and isinstance(getattr(module, "kernel_size", None), int)
+        and isinstance(getattr(module, "stride", None), int)
+    )
+
+
+def matches_wavlm_self_attention(module: nn.Module) -> bool:
+    """Whether a module is torchaudio's WavLM attention with its weights made layers."""
+    return type(module).__name__ == "WavLMSelfAttention" and isinstance(
+        getattr(module, "attention", None), LinearMultiheadAttention
+    )

@@ -1,0 +1,107 @@
+"""``attn_implementation="lowbit"``: against eager, with padding, and where it must step aside."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit_kernels import quantize
+from lowbit_kernels.integrations.huggingface_attention import lowbit_attention
+from lowbit_kernels.testing import assert_as_accurate
+from tests.families.models import FAMILIES, Family
+
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def _double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+
+
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.name != "wavlm"])
+def test_attention_matches_eager(name: str) -> None:
+    family = BY_NAME[name]
+    padded = _padding_is_defined(family)
+    inputs = family.inputs() if padded else family.full_inputs()
+    model = family.build()
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation("sdpa")
+    high = _valid(family, logits(exact, _double(inputs)))
+    model.set_attn_implementation("eager")
+    low = _valid(family, logits(model, inputs))
+    model.set_attn_implementation("lowbit")
+    assert_as_accurate(_valid(family, logits(model, inputs)), low, high)
+
+
+def _padding_is_defined(family: Family) -> bool:
+    """Conformers mix frames of padding into the others, and eager Parakeet makes NaN of them."""
+    return family.padding_is_exact and family.name not in ("parakeet", "whisper")
+
+
+def _valid(family: Family, output: Tensor) -> Tensor:
+    """The frames that are not padding, one after the other."""
+    if not _padding_is_defined(family):
+        return output
+    short = 34 if family.input_name == "input_values" else 40
+    return torch.cat([output[0], output[1, :short]])
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "wav2vec2-bert", "parakeet"])
+def test_attention_ignores_padding(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    quantize(model)
+    model.set_attn_implementation("lowbit")
+    batch = logits(model, family.inputs())
+    for i, inputs in enumerate(family.single_inputs()):
+        alone = logits(model, inputs)[0]
+        assert (batch[i, : len(alone)] - alone).abs().max() <= 1e-5
+
+
+def test_attention_without_its_mask_would_be_seen() -> None:
+    from transformers.masking_utils import AttentionMaskInterface
+
+    family = BY_NAME["wav2vec2-layer"]
+    model, inputs = family.build(), family.inputs()
+    model.set_attn_implementation("lowbit")
+    good = logits(model, inputs)
+    mask = AttentionMaskInterface._global_mapping.pop("lowbit")
+    try:
+        assert (logits(model, inputs)[1, :30] - good[1, :30]).abs().max() > 1e-2
+    finally:
+        AttentionMaskInterface._global_mapping["lowbit"] = mask
+
+
+def test_attention_refuses_left_padding() -> None:
+    q = torch.randn(2, 2, 5, 8)
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    with pytest.raises(ValueError, match="a valid frame after padding"):
+        lowbit_attention(torch.nn.Module(), q, q, q, mask)
+
+
+def test_causal_attention_falls_to_sdpa() -> None:
+    q = torch.randn(2, 2, 5, 8)
+    module = torch.nn.Module()
+    module.is_causal = True
+    output, _ = lowbit_attention(module, q, q, q, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert torch.equal(output, expected.transpose(1, 2))
+    with pytest.raises(NotImplementedError, match="bidirectional self-attention only"):
+        lowbit_attention(module, q, q, q, None, position_bias=torch.zeros(1, 1, 5, 5))
+
+
+def test_attention_compiles_in_one_graph() -> None:
+    family = BY_NAME["wav2vec2-layer"]
+    model, inputs = family.build(), family.inputs()
+    quantize(model)
+    model.set_attn_implementation("lowbit")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs).logits, logits(model, inputs))
+    torch._dynamo.reset()
