@@ -13,12 +13,12 @@ from lowbit_kernels.conv1d import Geometry, conv1d_reference, low_bit_conv1d, qu
 from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, mask_frames
 from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
     EPILOGUES,
     FLOAT,
     INT8,
-    assert_as_accurate,
     keywords,
     make_inputs,
 )

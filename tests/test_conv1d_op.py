@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from lowbit_kernels.conv1d import Geometry, conv1d_reference, low_bit_conv1d
 from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
     EPILOGUES,
     FLOAT,
     INT8,
-    assert_as_accurate,
     keywords,
     make_inputs,
     make_weight,

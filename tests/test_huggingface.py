@@ -67,7 +67,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 assert "lowbit_kernels" in AUTO_QUANTIZER_MAPPING
 assert "lowbit_kernels" in AUTO_QUANTIZATION_CONFIG_MAPPING
 assert "lowbit" in AttentionInterface._global_mapping
-assert not [f for f in sys.meta_path if type(f).__name__ == "_Waiting"]
+waiting = [f.name for f in sys.meta_path if type(f).__name__ == "_Waiting"]
+assert "transformers.modeling_utils" not in waiting, waiting
 """
     result = run(code)
     assert result.returncode == 0, result.stderr

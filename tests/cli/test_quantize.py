@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lowbit_kernels
@@ -103,7 +104,7 @@ def test_force_replaces_nothing_but_a_checkpoint(lowbit, float_model, tmp_path):
     assert names_in(tmp_path) == ["notes.txt"]
 
 
-@pytest.mark.parametrize("step", ["save", "move"])
+@pytest.mark.parametrize("step", ["weights", "processor", "move"])
 def test_a_full_disk_leaves_the_old_checkpoint(step, lowbit, float_model, tmp_path, monkeypatch):
     import transformers
 
@@ -120,7 +121,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(step, lowbit, float_model, tmp_pa
         new = b == out and "-old-" not in a.name
         return fail() if new else replace(a, b)
 
-    if step == "save":
+    def fail_as_safetensors_does(*args, **kwargs):
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    if step == "weights":
+        monkeypatch.setattr(
+            transformers.PreTrainedModel, "save_pretrained", fail_as_safetensors_does
+        )
+    elif step == "processor":
         monkeypatch.setattr(transformers.Wav2Vec2Processor, "save_pretrained", fail)
     else:
         monkeypatch.setattr(os, "replace", replace_but_not_by_the_new)

@@ -178,11 +178,15 @@ def make_whisper(folder):
     return folder
 
 
-def test_whisper_writes_text_and_frames(clips, lowbit, tmp_path):
+def test_whisper_writes_text_and_frames_and_is_compared(clips, lowbit, tmp_path):
     folder = make_whisper(tmp_path / "whisper")
     called = lowbit("transcribe", folder, *clips, "--json")
     assert called.code == 0, called.err
     assert all(file["text"] for file in called.json["files"])
+    called = lowbit("compare", folder, folder, *clips, "--json")
+    assert called.code == 0, called.err
+    assert called.json["frame_error"] is None
+    assert called.json["transcripts"]["rate"] == 0
     called = lowbit("encode", folder, *clips, "--out", tmp_path / "frames", "--json")
     assert called.code == 0, called.err
     assert [file["frames"] for file in called.json["files"]] == [25, 55, 40]

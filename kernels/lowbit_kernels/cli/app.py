@@ -166,7 +166,7 @@ def compare(
 
 @app.command(rich_help_panel="Audio")
 def transcribe(model: Model, audio: Audio, device: Device = None, json: Json = False) -> None:
-    """Write what is said in audio files."""
+    """Write what is said in audio files; long files are read in overlapping windows."""
     from lowbit_kernels.cli import output
     from lowbit_kernels.cli.audio import find_audio
     from lowbit_kernels.cli.load import find_device, load_speech

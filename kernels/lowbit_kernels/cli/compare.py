@@ -53,8 +53,10 @@ class Frames:
         return self.different / self.count if self.count else 0.0
 
     @property
-    def error(self) -> float:
-        """The norm of the differences over the norm of the float outputs."""
+    def error(self) -> float | None:
+        """The norm of the differences over the norm of the float outputs; ``None`` without any."""
+        if not self.count:
+            return None
         return (self.noise / self.signal) ** 0.5 if self.signal else 0.0
 
 
@@ -83,7 +85,7 @@ class Comparison:
         shares = [self.frames.error if self.frames.different is None else self.frames.disagreement]
         if self.words:
             shares.append(self.words.rate)
-        return max(share for share in shares if share is not None)
+        return max((share for share in shares if share is not None), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; rates are fractions."""

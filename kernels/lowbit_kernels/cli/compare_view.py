@@ -40,7 +40,7 @@ def _figures(found: Comparison) -> Table:
             "frame disagreement",
             f"{frames.disagreement:.2%} [dim]({frames.different} of {frames.count} frames)[/]",
         )
-    if frames.count:
+    if frames.error is not None:
         table.add_row("output error", f"{frames.error:.2%} [dim](of the float outputs' norm)[/]")
     if found.words:
         table.add_row("word disagreement", _rate(found.words))

@@ -5,6 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lowbit_kernels.cli.errors import CommandError
 from lowbit_kernels.cli.load import (
     find_device,
@@ -98,6 +100,8 @@ def quantize_checkpoint(
                 prepare_processor(processor).save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp lets nobody else read it
         _move(temporary, out)
+    except SafetensorError as error:  # its writer says a full disk in its own words
+        raise OSError(f"{out} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report

@@ -101,8 +101,11 @@ static void mix_values(const float* probs, int64_t width, const float* v, int64_
     accumulate<VECTORS, true>(sums, probs, width, v, v_stride, keys, LANES);
   else
     accumulate<VECTORS, false>(sums, probs, width, v, v_stride, keys, last_lanes);
-  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8  // an index that is no constant would keep the sums in memory
+  for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 3
     for (int i = 0; i < VECTORS; i++) {
+      if (r >= rows) break;
       vfloat y = total[r] == 0.0f ? vfloat{} : sums[r][i] / total[r];
       store_some(out + r * out_stride + i * LANES, y, i + 1 < VECTORS ? LANES : last_lanes);
     }
