@@ -106,7 +106,7 @@ def _cpu_bias(
     return torch.where(allowed, bias, -torch.inf)
 
 
-@torch.library.register_kernel("lowbit::flash_attention", "cpu")
+@torch.library.impl("lowbit::flash_attention", "cpu")
 def _cpu(
     q: Tensor,
     k: Tensor,
@@ -143,7 +143,7 @@ def _cpu(
     return result if result.stride() == out.stride() else out.copy_(result), lse
 
 
-@torch.library.register_kernel("lowbit::flash_attention_backward", "cpu")
+@torch.library.impl("lowbit::flash_attention_backward", "cpu")
 def _cpu_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -171,7 +171,7 @@ def _cpu_backward(
     return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)
 
 
-@torch.library.register_kernel("lowbit::flash_attention", "cuda")
+@torch.library.impl("lowbit::flash_attention", "cuda")
 def _cuda(
     q: Tensor,
     k: Tensor,
@@ -191,7 +191,7 @@ def _cuda(
         return flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
 
 
-@torch.library.register_kernel("lowbit::flash_attention_backward", "cuda")
+@torch.library.impl("lowbit::flash_attention_backward", "cuda")
 def _cuda_backward(
     grad_out: Tensor,
     q: Tensor,

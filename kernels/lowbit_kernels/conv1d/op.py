@@ -123,12 +123,12 @@ def _cpu_forward(
     )  # fmt: skip
 
 
-@torch.library.register_kernel("lowbit::conv1d", "cpu")
+@torch.library.impl("lowbit::conv1d", "cpu")
 def _cpu(*args: Any) -> Tensor:
     return channel_first(_cpu_forward(*_unpack_forward(args)))
 
 
-@torch.library.register_kernel("lowbit::conv1d_train", "cpu")
+@torch.library.impl("lowbit::conv1d_train", "cpu")
 def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
     z = _cpu_forward(x, weight, bias, None, lengths, geometry, None).contiguous()
@@ -140,7 +140,7 @@ def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
     return channel_first(y), channel_first(z)
 
 
-@torch.library.register_kernel("lowbit::conv1d_backward", "cpu")
+@torch.library.impl("lowbit::conv1d_backward", "cpu")
 def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
     (
         grad_y, preactivation, weight, lengths, geometry, epilogue, _, T, needs_x, needs_bias,
@@ -153,7 +153,7 @@ def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return dx, dbias if needs_bias else empty
 
 
-@torch.library.register_kernel("lowbit::conv1d", "cuda")
+@torch.library.impl("lowbit::conv1d", "cuda")
 def _cuda(*args: Any) -> Tensor:
     y: Tensor
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
@@ -164,7 +164,7 @@ def _cuda(*args: Any) -> Tensor:
     return y
 
 
-@torch.library.register_kernel("lowbit::conv1d_train", "cuda")
+@torch.library.impl("lowbit::conv1d_train", "cuda")
 def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.conv1d.cuda import conv1d_cuda
 
@@ -174,7 +174,7 @@ def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
     return y, preactivation
 
 
-@torch.library.register_kernel("lowbit::conv1d_backward", "cuda")
+@torch.library.impl("lowbit::conv1d_backward", "cuda")
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.conv1d.cuda import conv1d_backward_cuda
 

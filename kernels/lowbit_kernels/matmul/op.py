@@ -130,7 +130,7 @@ def _cpu_forward(
     )
 
 
-@torch.library.register_kernel("lowbit::linear", "cpu")
+@torch.library.impl("lowbit::linear", "cpu")
 def _cpu(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> Tensor:
@@ -141,7 +141,7 @@ def _cpu(
     return out
 
 
-@torch.library.register_kernel("lowbit::linear_train", "cpu")
+@torch.library.impl("lowbit::linear_train", "cpu")
 def _cpu_train(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def _cpu_train(
     return y if residual is None else y + residual, z
 
 
-@torch.library.register_kernel("lowbit::linear_backward", "cpu")
+@torch.library.impl("lowbit::linear_backward", "cpu")
 def _cpu_backward(
     grad_y: Tensor,
     preactivation: Tensor | None,
@@ -167,7 +167,7 @@ def _cpu_backward(
     return dx.view(*grad_y.shape[:-1], weight.K), dbias
 
 
-@torch.library.register_kernel("lowbit::linear", "cuda")
+@torch.library.impl("lowbit::linear", "cuda")
 def _cuda(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> Tensor:
@@ -179,7 +179,7 @@ def _cuda(
     return y
 
 
-@torch.library.register_kernel("lowbit::linear_train", "cuda")
+@torch.library.impl("lowbit::linear_train", "cuda")
 def _cuda_train(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ def _cuda_train(
     return y, z
 
 
-@torch.library.register_kernel("lowbit::linear_backward", "cuda")
+@torch.library.impl("lowbit::linear_backward", "cuda")
 def _cuda_backward(
     grad_y: Tensor,
     preactivation: Tensor | None,

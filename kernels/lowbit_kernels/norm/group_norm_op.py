@@ -56,7 +56,7 @@ def _cpu_runs(x: Tensor, lengths: Tensor | None) -> list[tuple[slice, int]]:
     return [(slice(b, b + 1), n) for b, n in enumerate(frames) if n > 0]
 
 
-@torch.library.register_kernel("lowbit::masked_group_norm", "cpu")
+@torch.library.impl("lowbit::masked_group_norm", "cpu")
 def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ def _cpu(
     return y, mean, rstd
 
 
-@torch.library.register_kernel("lowbit::masked_group_norm_backward", "cpu")
+@torch.library.impl("lowbit::masked_group_norm_backward", "cpu")
 def _cpu_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -102,7 +102,7 @@ def _cpu_backward(
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-@torch.library.register_kernel("lowbit::masked_group_norm", "cuda")
+@torch.library.impl("lowbit::masked_group_norm", "cuda")
 def _cuda(
     x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _cuda(
         return masked_group_norm_triton(x, weight, bias, lengths, num_groups, eps)
 
 
-@torch.library.register_kernel("lowbit::masked_group_norm_backward", "cuda")
+@torch.library.impl("lowbit::masked_group_norm_backward", "cuda")
 def _cuda_backward(
     grad_y: Tensor,
     x: Tensor,

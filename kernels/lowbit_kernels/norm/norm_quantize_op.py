@@ -59,7 +59,7 @@ def _fake_backward(
     return h.new_empty(h.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-@torch.library.register_kernel("lowbit::norm_quantize", "cpu")
+@torch.library.impl("lowbit::norm_quantize", "cpu")
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -78,7 +78,7 @@ def _cpu(
     return x.new_empty(0) if residual is None else h, y, q, scale, mean, rstd
 
 
-@torch.library.register_kernel("lowbit::norm_quantize_backward", "cpu")
+@torch.library.impl("lowbit::norm_quantize_backward", "cpu")
 def _cpu_backward(
     grad_y: Tensor,
     grad_h: Tensor | None,
@@ -98,7 +98,7 @@ def _cpu_backward(
     return dh.to(h.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-@torch.library.register_kernel("lowbit::norm_quantize", "cuda")
+@torch.library.impl("lowbit::norm_quantize", "cuda")
 def _cuda(
     x: Tensor,
     weight: Tensor,
@@ -114,7 +114,7 @@ def _cuda(
         return norm_quantize_triton(x, weight, bias, residual, eps, return_dequantized)
 
 
-@torch.library.register_kernel("lowbit::norm_quantize_backward", "cuda")
+@torch.library.impl("lowbit::norm_quantize_backward", "cuda")
 def _cuda_backward(
     grad_y: Tensor,
     grad_h: Tensor | None,
