@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
+from lowbit_kernels.cli import inference
 from lowbit_kernels.cli.layer_errors import LayerErrors
 from lowbit_kernels.cli.words import WordErrors, word_errors
 
@@ -58,6 +61,22 @@ def test_a_failed_file_outranks_the_limit(float_model, small_model, clips, lowbi
     called = lowbit("compare", float_model, small_model, *clips, missing, "--fail-above", 0)
     assert called.code == 2
     assert "missing.wav: no such file" in called.err
+
+
+def test_a_file_that_fails_late_does_not_count(
+    float_model, small_model, clips, lowbit, noise, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(inference, "WINDOW_SECONDS", 2)
+    monkeypatch.setattr(inference, "CONTEXT_SECONDS", 0.5)
+    monkeypatch.setattr(inference, "_BATCH_SECONDS", {"cpu": 4, "cuda": 4})
+    samples = noise(25.0)
+    samples[-1] = np.nan
+    soundfile.write(tmp_path / "bad.wav", samples, 16_000, subtype="FLOAT")
+    call = ("compare", float_model, small_model, *clips, "--json")
+    wanted, found = lowbit(*call).json, lowbit(*call, tmp_path / "bad.wav").json
+    assert "error" in found["files"].pop()
+    for name in ("frames", "frame_disagreement", "frame_error", "transcripts", "files"):
+        assert found[name] == wanted[name]
 
 
 def test_layers_have_the_noise_that_the_report_says(float_model, small_model, clips, lowbit):

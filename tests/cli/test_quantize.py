@@ -79,6 +79,8 @@ def test_a_report_is_shown_and_the_folder_named(lowbit, float_model, tmp_path):
     called = lowbit("quantize", float_model, tmp_path / "out")
     assert "layers quantized" in called.out
     assert "saved in" in called.out
+    assert "2x Linear" in called.out
+    assert "left by default" in called.out
     assert called.err == ""
     assert names_in(tmp_path) == ["out"]
 

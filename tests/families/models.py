@@ -100,6 +100,9 @@ class Family:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+                if isinstance(module, nn.BatchNorm1d):  # as trained ones, not the identity
+                    module.running_mean.normal_()
+                    module.bias.normal_()
                 if type(module) in (nn.Linear, nn.Conv1d) and module.weight.dim() > 1:
                     rows = (0.6 * torch.randn(module.weight.shape[0])).exp()
                     rows /= rows.square().mean().sqrt()
@@ -218,7 +221,6 @@ FAMILIES = [
     Family(
         "hubert-batch-norm",
         _of(HubertConfig, HubertForCTC, _WAVEFORM, conv_pos_batch_norm=True),
-        padding_is_exact=False,
     ),
     Family(
         "data2vec",
@@ -229,7 +231,6 @@ FAMILIES = [
             num_conv_pos_embeddings=2,
             conv_pos_kernel_size=7,
         ),
-        padding_is_exact=False,
     ),
     Family("wavlm", _of(WavLMConfig, WavLMForCTC, _WAVEFORM, num_buckets=16)),
     Family("unispeech", _of(UniSpeechConfig, UniSpeechForCTC, _WAVEFORM)),

@@ -6,13 +6,14 @@ Dimension key: B windows of a batch, T frames, D tokens or features.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lowbit_kernels.cli.errors import CommandError, require
-from lowbit_kernels.cli.inference import Failure, cut_for_frames, forward, stream
+from lowbit_kernels.cli.inference import Failure, Run, cut_for_frames, forward, stream
 from lowbit_kernels.cli.layer_errors import LayerError, LayerErrors
 from lowbit_kernels.cli.output import Outcome
 from lowbit_kernels.cli.speech import Speech
@@ -44,6 +45,14 @@ class Frames:
             self.different = (self.different or 0) + changed
         self.signal += wanted.double().square().sum().item()
         self.noise += (got.double() - wanted.double()).square().sum().item()
+
+    def merge(self, other: "Frames") -> None:
+        """Add the frames of a file that is done."""
+        self.count += other.count
+        if other.different is not None:
+            self.different = (self.different or 0) + other.different
+        self.signal += other.signal
+        self.noise += other.noise
 
     @property
     def disagreement(self) -> float | None:
@@ -138,47 +147,68 @@ def compare(
     )
 
 
+@dataclass
+class _Open:
+    """A file of which some windows are done: its frames, and what its texts are joined from."""
+
+    frames: Frames = field(default_factory=Frames)
+    wanted: list[Any] = field(default_factory=list)
+    got: list[Any] = field(default_factory=list)
+
+    def add(self, wanted: Any, got: Any, tokens: bool) -> None:
+        """Add one window of both models: frames, or text."""
+        if isinstance(wanted, Tensor):
+            self.frames.add(wanted, got, tokens)
+            wanted, got = wanted.argmax(-1).tolist(), got.argmax(-1).tolist()
+        self.wanted.append(wanted)
+        self.got.append(got)
+
+
 def _run(
     wanted: Speech, got: Speech, paths: Sequence[Path], layers: LayerErrors, frames: Frames
 ) -> dict[Path, Outcome]:
     """Fill ``layers`` and ``frames``; return the outcomes with both transcripts."""
     reads = wanted.kind != "encoder"
-    tokens = wanted.kind == "ctc"
     if reads:
-        run_wanted, cut, join = text_reader(wanted)
-        run_got, _, _ = text_reader(got)
+        _, cut, join = text_reader(wanted)
     else:
         cut = cut_for_frames(wanted)
+    opened: dict[Path, _Open] = {}
+    outcomes: dict[Path, Outcome] = {}
+    for event in stream(paths, wanted, _run_both(wanted, got, layers), cut, "comparing"):
+        outcome: Outcome = {"file": str(event.path)}
+        if isinstance(event, Failure):
+            opened.pop(event.path, None)
+            outcomes[event.path] = outcome | {"error": event.reason}
+            continue
+        file = opened.setdefault(event.path, _Open())
+        outputs, others = event.value
+        file.add(outputs, others, wanted.kind == "ctc")
+        if event.last:
+            frames.merge(opened.pop(event.path).frames)
+            if reads:
+                outcome |= {"float": join(file.wanted), "quantized": join(file.got)}
+            outcomes[event.path] = outcome
+    return outcomes
+
+
+def _run_both(wanted: Speech, got: Speech, layers: LayerErrors) -> Run:
+    """What runs a batch through both models, and watches the layers on the first batch."""
+    if wanted.kind == "seq2seq":
+        run_wanted, run_got = text_reader(wanted)[0], text_reader(got)[0]
+    elif wanted.kind == "ctc":
+        run_wanted = partial(forward, wanted, wanted.logits)
+        run_got = partial(forward, got, got.logits)
+    else:
+        run_wanted = partial(forward, wanted, wanted.frames)
+        run_got = partial(forward, got, got.frames)
 
     def run(windows: Sequence[Window]) -> list[tuple[Any, Any]]:
-        # layers are watched on the first batch only: it runs them a second time
         with layers.watch_once():
-            if not reads or tokens:
-                a = forward(wanted, wanted.logits if tokens else wanted.frames, windows)
-                b = forward(got, got.logits if tokens else got.frames, windows)
-                return list(zip(a, b, strict=True))
-            return list(zip(run_wanted(windows), run_got(windows), strict=True))
+            outputs = run_wanted(windows)
+        return list(zip(outputs, run_got(windows), strict=True))
 
-    texts: dict[Path, tuple[list[Any], list[Any]]] = {}
-    outcomes: dict[Path, Outcome] = {}
-    for event in stream(paths, wanted, run, cut, "comparing"):
-        if isinstance(event, Failure):
-            outcomes[event.path] = {"file": str(event.path), "error": event.reason}
-            continue
-        a, b = event.value
-        if isinstance(a, Tensor):
-            frames.add(a, b, tokens)
-            a, b = a.argmax(-1).tolist(), b.argmax(-1).tolist()
-        mine = texts.setdefault(event.path, ([], []))
-        mine[0].append(a)
-        mine[1].append(b)
-        if event.last:
-            outcome: Outcome = {"file": str(event.path)}
-            if reads:
-                outcome |= {"float": join(mine[0]), "quantized": join(mine[1])}
-            outcomes[event.path] = outcome
-            del texts[event.path]
-    return outcomes
+    return run
 
 
 def _references(paths: Sequence[Path], texts: Mapping[str, str]) -> dict[Path, str]:

@@ -29,7 +29,7 @@ from lowbit_kernels.formats import QuantConfig
 SECONDS = 10
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 7
 # no round starts after this, so that a slow machine is done within the minute too
-_TIMING_BUDGET_SECONDS = 20.0
+_TIMING_BUDGET_SECONDS = 15.0
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> dict[str, Any]:
     backends = ["PyTorch (float)"]
-    if torch._C._has_mkldnn:
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         backends.append("oneDNN (int8)")
     return {
         "device": "cpu",

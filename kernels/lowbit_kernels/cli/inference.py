@@ -59,7 +59,7 @@ def stream(
         what: said beside the progress bar.
 
     Yields:
-        Results as they come; the files take turns only between two files.
+        Results as they come, the windows of a file in order.
     """
     lengths: dict[Path, float] = {}
     for path in paths:

@@ -49,7 +49,10 @@ class LayerErrors:
 
     @contextlib.contextmanager
     def watch_once(self) -> Iterator[None]:
-        """Measure outputs while the float model runs inside; the first use only."""
+        """Measure outputs while the float model runs inside; the first time only.
+
+        Each low-bit layer runs once more, so all of the audio would take half as long again.
+        """
         handles = []
         if not self.watched:
             for name, (module, _) in self.pairs.items():

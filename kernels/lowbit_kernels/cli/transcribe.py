@@ -45,6 +45,7 @@ def transcribe(speech: Speech, paths: Sequence[Path]) -> list[Outcome]:
     outcomes: dict[Path, Outcome] = {}
     for event in stream(paths, speech, run, cut, "transcribing"):
         if isinstance(event, Failure):
+            pieces.pop(event.path, None)
             outcomes[event.path] = {"file": str(event.path), "error": event.reason}
             continue
         pieces.setdefault(event.path, []).append(event.value)

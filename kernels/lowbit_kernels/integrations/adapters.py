@@ -22,6 +22,11 @@ from lowbit_kernels.integrations.multihead import (
     matches_multihead,
     restore_multihead,
 )
+from lowbit_kernels.integrations.positional import (
+    mask_positions,
+    matches_encoder,
+    restore_positions,
+)
 from lowbit_kernels.integrations.torchaudio import (
     FusedWavLMSelfAttention,
     MaskedConvLayerBlock,
@@ -40,6 +45,7 @@ def register() -> None:
     from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, FINISHERS, Adapter
 
     ADAPTERS.append(Adapter(matches_front_end, mask_front_end, restore_front_end))
+    ADAPTERS.append(Adapter(matches_encoder, mask_positions, restore_positions))
     ADAPTERS.append(_swap(matches_conv_layer_block, MaskedConvLayerBlock))
     ADAPTERS.append(_swap(matches_rotary_embedding, UncachedRotaryEmbedding))
     EXPOSERS.append(Adapter(matches_multihead, expose_multihead, restore_multihead))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
+from lowbit_kernels.integrations.padding import remove_pre_hook, zero_padding
 from lowbit_kernels.norm import masked_group_norm
 
 _log = logging.getLogger("lowbit_kernels")
@@ -108,8 +109,7 @@ def restore_front_end(module: nn.Module) -> nn.Module:
         for layer in encoder.conv_layers:
             restore_class(layer)
         restore_class(encoder)  # type: ignore[arg-type]
-        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _pass_lengths]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        remove_pre_hook(module, _pass_lengths)
     return module
 
 
@@ -144,12 +144,6 @@ def _frames(lengths: Tensor, conv: Any) -> Tensor:
     span = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
     padding = 2 * conv.padding[0]
     return torch.div(lengths + padding - span, conv.stride[0], rounding_mode="floor") + 1
-
-
-def zero_padding(hidden_states: Tensor, lengths: Tensor) -> Tensor:
-    """Zero [B, C, T] from frame ``lengths[b]`` on."""
-    frames = torch.arange(hidden_states.shape[-1], device=hidden_states.device)
-    return hidden_states.masked_fill(frames >= lengths[:, None, None], 0)
 
 
 def _has_int8_inputs(layers: nn.ModuleList) -> bool:

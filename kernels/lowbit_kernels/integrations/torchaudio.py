@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lowbit_kernels.attention import DenseBias, flash_attention
 from lowbit_kernels.integrations.class_swap import Swapped
-from lowbit_kernels.integrations.front_end import zero_padding
 from lowbit_kernels.integrations.multihead import LinearMultiheadAttention
+from lowbit_kernels.integrations.padding import zero_padding
 from lowbit_kernels.norm import masked_group_norm
 
 

@@ -1,0 +1,100 @@
+"""Positional convolutions that see zeros where an utterance has ended.
+
+Most families convolve the masked hidden states directly. HuBERT's batch norm and data2vec's layer
+norms come between, and turn the zeros of padding into something else.
+
+Dimension key: B batch, T frames, C features.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
+from lowbit_kernels.integrations.padding import remove_pre_hook
+
+
+class MaskedPositionalEmbedding(Swapped):
+    """A positional embedding, told the mask by a hook on the encoder that calls it."""
+
+    # set by the hook, taken by the next forward
+    _mask: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        mask, self._mask = self._mask, None
+        if mask is None:
+            plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return plain
+        padding = ~mask.bool()[:, None]  # [B, 1, T]
+        return self._convolve(hidden_states.transpose(1, 2), padding).transpose(1, 2)
+
+    def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
+        """[B, C, T] to [B, C, T]; ``padding`` [B, 1, T] is true beyond each utterance."""
+        raise NotImplementedError(f"{type(self).__name__} must say where it zeroes")
+
+
+class MaskedHubertEmbedding(MaskedPositionalEmbedding):
+    """HuBERT's, with batch norm."""
+
+    batch_norm: nn.Module
+    conv: nn.Module
+    padding: nn.Module
+    activation: Any
+
+    def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
+        normalized = self.batch_norm(x).masked_fill(padding, 0)
+        out: Tensor = self.activation(self.padding(self.conv(normalized)))
+        return out
+
+
+class MaskedData2VecEmbedding(MaskedPositionalEmbedding):
+    """data2vec's stack of convolutions with layer norm."""
+
+    layers: nn.ModuleList
+
+    def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).masked_fill(padding, 0)
+        return x
+
+
+_MIXINS = {
+    "HubertPositionalConvEmbedding": MaskedHubertEmbedding,
+    "Data2VecAudioPositionalConvEmbedding": MaskedData2VecEmbedding,
+}
+
+
+def matches_encoder(module: nn.Module) -> bool:
+    """Whether a module is an encoder of transformers with such a positional embedding."""
+    embedding = module._modules.get("pos_conv_embed")
+    return (
+        embedding is not None
+        and not isinstance(embedding, Swapped)
+        and type(embedding).__name__ in _MIXINS
+        and type(embedding).__module__.startswith("transformers.")
+        and getattr(embedding, "batch_norm", True) is not None
+    )
+
+
+def mask_positions(encoder: nn.Module) -> nn.Module:
+    """Make an encoder's positional embedding ignore padding; in place."""
+    embedding: Any = encoder.pos_conv_embed
+    swap_class(embedding, _MIXINS[type(embedding).__name__])
+    encoder.register_forward_pre_hook(_pass_mask, with_kwargs=True)
+    return encoder
+
+
+def restore_positions(module: nn.Module) -> nn.Module:
+    """Undo ``mask_positions``."""
+    embedding = module._modules.get("pos_conv_embed")
+    if isinstance(embedding, MaskedPositionalEmbedding):
+        restore_class(embedding)  # type: ignore[arg-type]
+        remove_pre_hook(module, _pass_mask)
+    return module
+
+
+def _pass_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the encoder: hand the mask [B, T] on."""
+    embedding: Any = module.pos_conv_embed
+    embedding._mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
