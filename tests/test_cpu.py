@@ -219,7 +219,12 @@ def test_conv1d_of_a_padded_batch_equals_single_utterances(
     x[1, :, valid:] = torch.nan
     together = run_conv(x, weight, geometry, None, None, None, torch.tensor([T, valid]))
     alone = run_conv(x[1:, :, :valid], weight, geometry, None, None, None, None)
-    assert torch.equal(together[1, :, : alone.shape[2]], alone[0])
+    together = together[1:, :, : alone.shape[2]]
+    if path == "native" or inputs == "int8":
+        assert torch.equal(together, alone)
+    else:  # PyTorch's own products round differently with another number of rows
+        high = conv1d_reference(x[1:, :, :valid].double(), weight, None, geometry)
+        assert_as_accurate(together, alone, high)
 
 
 def test_conv1d_static_scale(path: str):

@@ -17,6 +17,7 @@ from ssl_models.digits.batches import StringBatches
 from ssl_models.digits.data import (
     SAMPLE_RATE,
     TRAINING_SPEAKERS,
+    WORDS,
     Clip,
     DigitString,
     fixed_strings,
@@ -25,13 +26,7 @@ from ssl_models.digits.data import (
     test_clips,
     training_clips,
 )
-from ssl_models.digits.evaluate import (
-    Evaluation,
-    disagreement,
-    evaluate,
-    rate_change,
-    transcribe,
-)
+from ssl_models.digits.evaluate import Evaluation, disagreement, evaluate, rate_change, transcribe
 from ssl_models.digits.model import VOCABULARY, build_config, build_processor
 from ssl_models.digits.train import Recipe, export, train
 
@@ -108,15 +103,11 @@ def test_fixed_strings_use_each_clip_once():
     strings = fixed_strings(tone_clips(), seed=4)
     for speaker in ("george", "lucas", "theo", "stranger"):
         words = [word for s in strings if s.speaker == speaker for word in s.text.split()]
-        assert sorted(words) == sorted(7 * list(words_of_digits()))
+        assert sorted(words) == sorted(7 * list(WORDS))
     assert {len(s.text.split()) for s in strings} == {1, 2, 3, 4}
     again, other = fixed_strings(tone_clips(), seed=4), fixed_strings(tone_clips(), seed=5)
     assert all(np.array_equal(a.audio, b.audio) for a, b in zip(strings, again, strict=True))
     assert [s.text for s in strings] != [s.text for s in other]
-
-
-def words_of_digits() -> tuple[str, ...]:
-    return ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def batches(**changes) -> StringBatches:
@@ -144,7 +135,7 @@ def test_batch_holds_normalized_strings_of_one_length():
         for row in labels.tolist():
             words = "".join(LETTERS[number] for number in row if number != -100).split("|")
             assert 1 <= len(words) <= 4
-            assert set(words) <= set(words_of_digits())
+            assert set(words) <= set(WORDS)
 
 
 def test_labels_name_the_digits_that_sound():
@@ -237,48 +228,37 @@ def kill_at(last: int):
     return report
 
 
+def run(path: Path, recipe: Recipe, **options) -> Wav2Vec2ForCTC:
+    model = tiny_model()
+    train(model, batches(), recipe, path, **options)
+    return model
+
+
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     recipe = Recipe(steps=6, seed=3, warmup_steps=2)
-    straight = tiny_model()
-    train(straight, batches(), recipe, tmp_path / "straight.pt")
-
-    interrupted = tiny_model()
+    straight = run(tmp_path / "straight.pt", recipe).state_dict()
     with pytest.raises(Killed):  # the last state is the one after step 3
-        train(
-            interrupted,
-            batches(),
-            recipe,
-            tmp_path / "state.pt",
-            save_seconds=-1.0,
-            report=kill_at(4),
-        )
+        run(tmp_path / "state.pt", recipe, save_seconds=-1.0, report=kill_at(4))
     torch.rand(5), np.random.rand(5)  # a fresh process has another random state
-    resumed, steps = tiny_model(), []
-    train(
-        resumed,
-        batches(),
-        recipe,
-        tmp_path / "state.pt",
-        resume=True,
-        report=lambda step, loss: steps.append(step),
+    steps = []
+    resumed = run(
+        tmp_path / "state.pt", recipe, resume=True, report=lambda step, loss: steps.append(step)
     )
     assert steps == [4, 5]
-    for name, value in straight.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    start = tiny_model().state_dict()
-    assert not torch.equal(straight.state_dict()["lm_head.weight"], start["lm_head.weight"])
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, straight[name]), name
+    assert not torch.equal(straight["lm_head.weight"], tiny_model().lm_head.weight)
 
 
 def test_state_of_another_recipe_is_refused(tmp_path):
     recipe = Recipe(steps=1)
-    train(tiny_model(), batches(), recipe, tmp_path / "state.pt")
+    run(tmp_path / "state.pt", recipe)
     with pytest.raises(ValueError, match=r"recipe must be the one of .*state.pt.*'steps': 1"):
-        train(tiny_model(), batches(), replace(recipe, steps=2), tmp_path / "state.pt", resume=True)
+        run(tmp_path / "state.pt", replace(recipe, steps=2), resume=True)
 
 
 def test_kill_while_saving_keeps_the_old_state(monkeypatch, tmp_path):
-    recipe = Recipe(steps=1)
-    train(tiny_model(), batches(), recipe, tmp_path / "state.pt")
+    run(tmp_path / "state.pt", Recipe(steps=1))
     before = (tmp_path / "state.pt").read_bytes()
 
     def half_save(state, path):
@@ -287,7 +267,7 @@ def test_kill_while_saving_keeps_the_old_state(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch, "save", half_save)
     with pytest.raises(Killed):
-        train(tiny_model(), batches(), recipe, tmp_path / "state.pt")
+        run(tmp_path / "state.pt", Recipe(steps=1))
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
@@ -311,13 +291,9 @@ def test_export_round_trips_in_half_precision(tmp_path):
 
 
 def evaluation(errors, hypotheses=None, speakers=None) -> Evaluation:
-    count = len(errors)
-    return Evaluation(
-        speakers=tuple(speakers or ["ann"] * count),
-        hypotheses=tuple(hypotheses or ["one two"] * count),
-        errors=np.array(errors),
-        words=np.full(count, 2),
-    )
+    speakers, hypotheses = speakers or ["ann"] * len(errors), hypotheses or ["one"] * len(errors)
+    words = np.full(len(errors), 2)
+    return Evaluation(tuple(speakers), tuple(hypotheses), np.array(errors), words)
 
 
 def test_rates_are_means_over_speakers():
@@ -416,5 +392,5 @@ def test_shipped_model_hears_nothing_in_silence(shipped):
 def test_shipped_model_reads_real_recordings(shipped):
     clips = [c for c in test_clips(load_fsdd(FSDD)) if c.index < 2]
     result = evaluate(*shipped, fixed_strings(clips, seed=1))
-    assert result.rate(*TRAINING_SPEAKERS).value <= 0.1
-    assert result.rate("theo").value <= 0.4
+    assert result.rate(*TRAINING_SPEAKERS).value <= 0.05
+    assert result.rate("theo").value <= 0.25

@@ -299,6 +299,17 @@ def test_interleaved_calls_keep_their_lengths_under_checkpointing(family: Family
     assert torch.equal(*gradients)
 
 
+def test_front_end_alone_takes_every_frame(family: Family) -> None:
+    model = family.build()
+    quantize(model)
+    inputs = family.inputs()
+    front, waveforms = model.wav2vec2.feature_extractor, inputs["input_values"]
+    with torch.no_grad():
+        before = front(waveforms)
+        model(**inputs)
+        assert torch.equal(front(waveforms), before)
+
+
 def test_padded_batch_without_a_mask_warns_once(
     family: Family, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

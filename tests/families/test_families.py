@@ -67,7 +67,10 @@ def test_padded_batch_equals_single_utterances(family: Family) -> None:
         configs.append(QuantConfig.fast())
     for config in configs:
         model = quantized(family, config)
-        batch = logits(model, family.inputs())
+        padded = family.inputs()
+        if family.input_name == "input_values":  # what the padding holds must not matter
+            padded["input_values"] += 20 * torch.randn(2, 2000) * (1 - padded["attention_mask"])
+        batch = logits(model, padded)
         for i, inputs in enumerate(family.single_inputs()):
             alone = logits(model, inputs)[0]
             difference = (batch[i, : len(alone)] - alone).abs().max()

@@ -197,12 +197,12 @@ def _native_depthwise(
 ) -> Tensor:
     T, C = x.shape
     out = lib.empty(window.frames_out(T), C)
-    levels = weight.qweight.float()
+    levels, channel_scale = weight.qweight.float().contiguous(), weight.scale.float().contiguous()
     arguments = lib.Depthwise(
         valid=valid, channels=C, out_frames=out.shape[0], taps=window.taps,
         stride=window.stride, padding=window.padding[0], dilation=window.dilation,
         x=lib.pointer(x), input_scale=lib.pointer(scale), weight=lib.pointer(levels),
-        scale=lib.pointer(weight.scale), bias=lib.pointer(finish.bias),
+        scale=lib.pointer(channel_scale), bias=lib.pointer(finish.bias),
         residual=lib.pointer(finish.residual), activation=ACTIVATIONS[finish.epilogue],
         out=lib.pointer(out), threads=lib.threads(),
     )  # fmt: skip

@@ -8,6 +8,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -157,6 +159,8 @@ def cpu_backend() -> str:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.name != "posix":
+        return None, f"compiled kernels need a POSIX system, this is {os.name}"
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         return None, f"no C++ compiler: none of $CXX, {', '.join(COMPILERS)}"
@@ -175,7 +179,7 @@ def _compiled(compiler: str) -> Path:
     """The shared library for these sources, this compiler and this processor."""
     sources = sorted(SOURCES.iterdir())
     key = hashlib.sha256()
-    for part in (compiler, *FLAGS, str(torch.cpu.get_capabilities())):
+    for part in (compiler, *FLAGS, _processor()):
         key.update(part.encode())
     for source in sources:
         key.update(source.read_bytes())
@@ -185,12 +189,22 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / "native.so"
             subprocess.run(
-                [compiler, *FLAGS, str(SOURCES / "native.cpp"), "-o", str(built)],
+                [*shlex.split(compiler), *FLAGS, str(SOURCES / "native.cpp"), "-o", str(built)],
                 check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS,
             )  # fmt: skip
             # renamed whole, so that a second process never loads half a file
             os.replace(built, path)
     return path
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def _cache_folder() -> Path:

@@ -140,12 +140,13 @@ def multiply_native(
         out: [M, G * N] fp32, contiguous.
         largest: [] fp32, raised to the largest magnitude of out; NaN stays.
     """
+    column_scale = weight.scale.float().contiguous() if weight.spec.symmetric else None
     shared = input_scale is None or input_scale.numel() == 1
     arguments = lib.Matmul(
         M=rows.M, N=weight.N // rows.groups, K=rows.K, groups=rows.groups,
         a=lib.pointer(rows.data), a_stride=rows.stride, a_group_stride=rows.group_stride,
         row_scale=None if shared else lib.pointer(input_scale),
-        column_scale=lib.pointer(weight.scale) if weight.spec.symmetric else None,
+        column_scale=lib.pointer(column_scale),
         scale=1.0 if input_scale is None or not shared else float(input_scale),
         activation=ACTIVATIONS[finish.epilogue],
         bias=lib.pointer(finish.bias), residual=lib.pointer(finish.residual),

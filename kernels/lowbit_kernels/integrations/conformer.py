@@ -13,13 +13,11 @@ class UncachedRotaryEmbedding(Swapped):
     """
 
     cached_sequence_length: int | None
-    cached_rotary_positional_embedding: Tensor | None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [2, T, 1, 1, D], cosines and sines."""
         self.cached_sequence_length = None
         embedding: Tensor = super().forward(hidden_states)  # type: ignore[misc]
-        self.cached_sequence_length = self.cached_rotary_positional_embedding = None
         return embedding
 
 
