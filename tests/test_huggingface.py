@@ -74,14 +74,24 @@ assert "transformers.modeling_utils" not in waiting, waiting
     assert result.returncode == 0, result.stderr
 
 
-def test_import_after_transformers_registers_too() -> None:
-    code = """
-from transformers import Wav2Vec2ForCTC
-import lowbit_kernels
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import Wav2Vec2ForCTC",
+        "from lowbit_kernels import LowbitConfig",
+        "from lowbit_kernels.integrations.huggingface_attention import lowbit_attention",
+        "import lowbit_kernels.integrations.adapters",
+    ],
+)
+def test_registers_whatever_comes_first(first: str) -> None:
+    code = f"""
+{first}
+import lowbit_kernels, transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "lowbit_kernels" in AUTO_QUANTIZER_MAPPING
-import importlib
-importlib.reload(lowbit_kernels)
+assert "lowbit" in transformers.modeling_utils.AttentionInterface._global_mapping
+from lowbit_kernels.conversion import ADAPTERS
+assert len(ADAPTERS) == len({{adapter.matches for adapter in ADAPTERS}}) > 3
 """
     result = run(code)
     assert result.returncode == 0, result.stderr

@@ -205,8 +205,10 @@ def _write_weights(tensors: dict[str, Tensor], directory: Path) -> Path:
         _sync(temporary)
         final = directory / f"weights-{_sha256(Path(temporary))[:16]}.safetensors"
         os.replace(temporary, final)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # how it reports a full disk
+            raise OSError(f"{directory}: {error}") from error
         raise
     return final
 

@@ -178,8 +178,9 @@ def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
     if layer is None:
         return LayerReport(decision.name, kind, None, decision.reason, before, before)
     wanted = _weight_of(decision.module).float()
-    rows = _sqnr_db(wanted.flatten(1), (layer.weight.as_subclass(Tensor) - wanted).flatten(1))
-    whole = _sqnr_db(wanted.flatten()[None], (layer.weight - wanted).flatten()[None]).item()
+    noise = layer.weight.as_subclass(Tensor).float() - wanted
+    rows = _sqnr_db(wanted.flatten(1), noise.flatten(1))
+    whole = _sqnr_db(wanted.flatten()[None], noise.flatten()[None]).item()
     coarse = (rows < whole - _COARSE_ROW_DB).nonzero().flatten().tolist()
     note = ""
     if coarse and layer.spec.group:
@@ -205,8 +206,10 @@ def _weight_of(module: nn.Module) -> Tensor:
 
 
 def _sqnr_db(signal: Tensor, noise: Tensor) -> Tensor:
-    power = noise.double().square().sum(1).clamp_min(torch.finfo(torch.double).tiny)
-    return 10 * torch.log10(signal.double().square().sum(1) / power)
+    def power(x: Tensor) -> Tensor:
+        return x.square().sum(1, dtype=torch.float64)
+
+    return 10 * torch.log10(power(signal) / power(noise).clamp_min(torch.finfo(torch.double).tiny))
 
 
 def _bytes(module: nn.Module) -> int:

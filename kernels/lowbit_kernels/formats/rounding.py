@@ -5,7 +5,7 @@ Every method first chooses one float scale a group, then ``_two_level`` splits i
 integer group scale and fp32 row scale.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from lowbit_kernels.formats.spec import QuantSpec
 from lowbit_kernels.formats.weight import MAX_GROUP_SCALE, QuantizedWeight
 
 METHODS = ("rtn", "search", "hqq")
+
+# weights rounded at a time: a few temporaries of them fit the second-level cache
+CHUNK = 1 << 18
 
 # shrinkage exponent, penalty, its growth and steps as published for HQQ
 # (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023)
@@ -47,10 +50,44 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, method: str = "rtn") -> Qua
         ValueError: if ``weight`` is not a finite floating-point matrix or ``method`` is unknown.
     """
     _check(weight, method)
-    groups = _split(weight.detach().float(), spec)
+    if not spec.symmetric and method == "search":
+        raise ValueError("method must be 'rtn' or 'hqq' with symmetric=False, got 'search'")
+    shared = _tensor_scale(weight, spec, method) if spec.group_size == "tensor" else None
+    parts = [_quantize_rows(rows, spec, method, shared) for rows in _row_chunks(weight)]
+
+    def joined(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    return replace(
+        parts[0], **{n: joined(n) for n in ("qweight", "scale", "group_scale", "zero_point")}
+    )
+
+
+def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows [n, K] at a time: rows are independent, and small temporaries stay in the cache."""
+    return torch.split(weight.detach(), max(1, CHUNK // weight.shape[1]))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _tensor_scale(weight: Tensor, spec: QuantSpec, method: str) -> Tensor:
+    """The largest row scale of a weight, [1, 1]."""
+    scales = [
+        _flat_scale(_split(rows.float(), spec), spec.bits, method).amax()
+        for rows in _row_chunks(weight)
+    ]
+    return torch.stack(scales).amax().view(1, 1)
+
+
+def _quantize_rows(
+    weight: Tensor, spec: QuantSpec, method: str, shared: Tensor | None
+) -> QuantizedWeight:
+    groups = _split(weight.float(), spec)
     if not spec.symmetric:
         return _asymmetric(groups, weight.shape[1], spec, method)
-    flat = _flat_scale(groups, spec.bits, method)  # [N, S]
+    if shared is None:
+        flat = _flat_scale(groups, spec.bits, method)  # [N, S]
+    else:
+        flat = shared.expand(weight.shape[0], 1)
     group_scale, scale = _two_level(groups, flat, spec)
     step = scale[:, None] if group_scale is None else group_scale * scale[:, None]
     levels = _nearest(groups.values, step[..., None], spec.bits)
@@ -168,12 +205,17 @@ def _shrink(residual: Tensor, beta: float) -> Tensor:
     return kept
 
 
+def _unit(groups: _Groups) -> Tensor:
+    """Root mean square of each row [N, 1, 1]: HQQ's penalty is made for weights of unit size."""
+    unit: Tensor = groups.values.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-12)
+    return unit
+
+
 def _hqq_scale(groups: _Groups, scale: Tensor, bits: int) -> Tensor:
     """HQQ for levels around zero: the scale takes the place of the published zero point."""
-    # HQQ's penalty is made for weights of about unit size
-    unit = groups.values.square().mean().sqrt().clamp_min(1e-12)
+    unit = _unit(groups)
     values = groups.values / unit
-    scale, beta = scale / unit, HQQ_BETA
+    scale, beta = scale / unit[..., 0], HQQ_BETA
     for _ in range(HQQ_STEPS):
         levels = _nearest(values, scale[..., None], bits) * groups.valid
         outliers = _shrink(values - levels * scale[..., None], beta)
@@ -181,16 +223,13 @@ def _hqq_scale(groups: _Groups, scale: Tensor, bits: int) -> Tensor:
         fitted = ((values - outliers) * levels).sum(-1) / power.clamp_min(1)
         scale = torch.where((power > 0) & (fitted > 0), fitted, scale)
         beta *= HQQ_KAPPA
-    return scale * unit
+    return scale * unit[..., 0]
 
 
 def _two_level(groups: _Groups, flat: Tensor, spec: QuantSpec) -> tuple[Tensor | None, Tensor]:
     """Split scales [N, S] into (group_scale [N, S] or None, scale [N]), both fp32."""
     if not spec.group:
-        scale = flat[:, 0]
-        return None, scale.max().expand_as(scale).contiguous() if (
-            spec.group_size == "tensor"
-        ) else scale
+        return None, flat[:, 0].contiguous()
     top = MAX_GROUP_SCALE[spec.bits]
     scale = flat.amax(1) / top
     ideal = torch.where(scale[:, None] > 0, flat / scale[:, None], 1.0)
@@ -203,8 +242,6 @@ def _two_level(groups: _Groups, flat: Tensor, spec: QuantSpec) -> tuple[Tensor |
 
 
 def _asymmetric(groups: _Groups, K: int, spec: QuantSpec, method: str) -> QuantizedWeight:
-    if method == "search":
-        raise ValueError("method must be 'rtn' or 'hqq' with symmetric=False, got 'search'")
     values, top = groups.values, 2**spec.bits - 1
     # zero stays representable, so a nearly constant group needs no zero point beyond fp16
     low, high = values.amin(-1).clamp_max(0), values.amax(-1).clamp_min(0)
@@ -233,7 +270,7 @@ def _asymmetric(groups: _Groups, K: int, spec: QuantSpec, method: str) -> Quanti
 def _hqq_zero(groups: _Groups, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     count, beta = groups.valid.sum(-1), HQQ_BETA
     step = scale[..., None]
-    unit = groups.values.square().mean().sqrt().clamp_min(1e-12)
+    unit = _unit(groups)
     for _ in range(HQQ_STEPS):
         codes = (groups.values / step + zero[..., None]).round().clamp(0, top)
         residual = groups.values - (codes - zero[..., None]) * step

@@ -14,9 +14,9 @@ def _register_adapters() -> None:
 
 
 def _register_with_transformers() -> None:
-    from lowbit_kernels.integrations.huggingface import register
-
-    register()
+    # both register when imported; whichever caused this call is imported in part and goes on
+    import lowbit_kernels.integrations.huggingface
+    import lowbit_kernels.integrations.huggingface_attention  # noqa: F401
 
 
 def _register_flop_formulas() -> None:

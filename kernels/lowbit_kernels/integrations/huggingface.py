@@ -7,12 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit_kernels.conversion import adapt, dequantize, exposed, quantize
@@ -21,9 +16,12 @@ from lowbit_kernels.integrations.huggingface_config import QUANT_METHOD, LowbitC
 from lowbit_kernels.integrations.skeletons import layer_table, place_skeletons
 from lowbit_kernels.modules import QuantizedModule
 
-__all__ = ["LowbitConfig", "LowbitQuantizer", "attach", "detach", "is_pretrained", "register"]
+__all__ = ["LowbitConfig", "LowbitQuantizer", "attach", "detach", "is_pretrained"]
+
+register_quantization_config(QUANT_METHOD)(LowbitConfig)
 
 
+@register_quantizer(QUANT_METHOD)
 class LowbitQuantizer(HfQuantizer):
     """What transformers calls around the loading and saving of a model.
 
@@ -64,17 +62,6 @@ class LowbitQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` works: yes."""
         return True
-
-
-def register() -> None:
-    """Make transformers know the quantization method and the attention; called once."""
-    from lowbit_kernels.integrations.huggingface_attention import register_attention
-
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LowbitConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(LowbitQuantizer)
-    register_attention()
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -24,12 +24,6 @@ from lowbit_kernels.attention import DenseBias, flash_attention
 NAME = "lowbit"
 
 
-def register_attention() -> None:
-    """Register attention and mask under one name: without the mask, padding would be attended."""
-    AttentionInterface.register(NAME, lowbit_attention)
-    AttentionMaskInterface.register(NAME, lowbit_mask)
-
-
 def lowbit_mask(**kwargs: Any) -> Tensor | None:
     """The mask that ``lowbit_attention`` takes, from transformers' description of it.
 
@@ -124,3 +118,8 @@ def _lengths(mask: Tensor) -> Tensor:
         else:  # reading the answer would wait for the device
             torch._assert_async(right_padded, message)
     return mask.sum(-1)
+
+
+# both under one name: attention without its mask function would attend to padding
+AttentionInterface.register(NAME, lowbit_attention)
+AttentionMaskInterface.register(NAME, lowbit_mask)
