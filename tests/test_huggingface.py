@@ -213,7 +213,10 @@ def test_dequantize_gives_a_float_model_back(family: Family, tmp_path: Path) -> 
     )
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    plain = type(model).from_pretrained(tmp_path)
+    plain, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(logits(plain, inputs), logits(model, inputs))
     assert type(plain.wav2vec2.feature_projection.projection) is torch.nn.Linear
     loaded = type(model).from_pretrained(tmp_path, quantization_config=LowbitConfig())
     loaded.dequantize()

@@ -20,6 +20,7 @@ from lowbit_kernels.attention.reference import (
     flash_attention_backward_reference,
     flash_attention_reference,
 )
+from lowbit_kernels.cpu import attention_cpu
 
 torch.library.define(
     "lowbit::flash_attention",
@@ -129,6 +130,11 @@ def _cpu(
             _cpu_keep(q, seed, dropout_p),
         )  # fmt: skip
         return out.copy_(result), lse
+    native = (
+        None if q.dtype == torch.float64 else attention_cpu(q, k, v, lengths, bias, window, scale)
+    )
+    if native is not None:
+        return native
     # what F.scaled_dot_product_attention runs on a CPU, called by name for its second output
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -179,8 +179,9 @@ def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
         return LayerReport(decision.name, kind, None, decision.reason, before, before)
     wanted = _weight_of(decision.module).float()
     noise = layer.weight.as_subclass(Tensor).float() - wanted
-    rows = _sqnr_db(wanted.flatten(1), noise.flatten(1))
-    whole = _sqnr_db(wanted.flatten()[None], noise.flatten()[None]).item()
+    signal_power, noise_power = _row_power(wanted), _row_power(noise)
+    rows = _decibels(signal_power, noise_power)
+    whole = _decibels(signal_power.sum(), noise_power.sum()).item()
     coarse = (rows < whole - _COARSE_ROW_DB).nonzero().flatten().tolist()
     note = ""
     if coarse and layer.spec.group:
@@ -205,11 +206,13 @@ def _weight_of(module: nn.Module) -> Tensor:
     return module.weight.detach()
 
 
-def _sqnr_db(signal: Tensor, noise: Tensor) -> Tensor:
-    def power(x: Tensor) -> Tensor:
-        return x.square().sum(1, dtype=torch.float64)
+def _row_power(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms.double().square()
 
-    return 10 * torch.log10(power(signal) / power(noise).clamp_min(torch.finfo(torch.double).tiny))
+
+def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    return 10 * torch.log10(signal / noise.clamp_min(torch.finfo(torch.double).tiny))
 
 
 def _bytes(module: nn.Module) -> int:

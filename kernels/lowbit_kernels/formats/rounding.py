@@ -55,12 +55,16 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, method: str = "rtn") -> Qua
     shared = _tensor_scale(weight, spec, method) if spec.group_size == "tensor" else None
     parts = [_quantize_rows(rows, spec, method, shared) for rows in _row_chunks(weight)]
 
-    def joined(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
+    def joined(tensors: list[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found) if found else None
 
     return replace(
-        parts[0], **{n: joined(n) for n in ("qweight", "scale", "group_scale", "zero_point")}
+        parts[0],
+        qweight=torch.cat([part.qweight for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        group_scale=joined([part.group_scale for part in parts]),
+        zero_point=joined([part.zero_point for part in parts]),
     )
 
 

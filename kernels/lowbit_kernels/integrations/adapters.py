@@ -17,6 +17,12 @@ from lowbit_kernels.integrations.front_end import (
     matches_front_end,
     restore_front_end,
 )
+from lowbit_kernels.integrations.fused import (
+    FusedFeedForward,
+    FusedPositionalEmbedding,
+    matches_feed_forward,
+    matches_positional_embedding,
+)
 from lowbit_kernels.integrations.multihead import (
     expose_multihead,
     matches_multihead,
@@ -48,6 +54,8 @@ def register() -> None:
     ADAPTERS.append(Adapter(matches_encoder, mask_positions, restore_positions))
     ADAPTERS.append(_swap(matches_conv_layer_block, MaskedConvLayerBlock))
     ADAPTERS.append(_swap(matches_rotary_embedding, UncachedRotaryEmbedding))
+    ADAPTERS.append(_swap(matches_feed_forward, FusedFeedForward))
+    ADAPTERS.append(_swap(matches_positional_embedding, FusedPositionalEmbedding))
     EXPOSERS.append(Adapter(matches_multihead, expose_multihead, restore_multihead))
     EXPOSERS.append(_swap(matches_wavlm_attention, FusedWavLMAttention))
     EXPOSERS.append(_swap(matches_wavlm_self_attention, FusedWavLMSelfAttention))

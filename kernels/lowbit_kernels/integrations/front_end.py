@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_kernels.conv1d.front_end import describe_layers, flatten_layers, front_end
 from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
+from lowbit_kernels.integrations.front_end_layers import front_end_layers, needs_gradient
 from lowbit_kernels.integrations.padding import remove_pre_hook, zero_padding
 from lowbit_kernels.norm import masked_group_norm
 
@@ -57,10 +59,24 @@ class MaskedFeatureEncoder(Swapped):
     # set by the hook, taken by the next forward: layers get lengths as an argument, so that
     # gradient checkpointing recomputes each call with its own
     _lengths: Tensor | None = None
+    # of the fused call, where the layers are of a form that it serves
+    _layout: str | None = None
+
+    def _fuses(self, input_values: Tensor) -> bool:
+        """Whether the CPU's one call serves: no gradient, and a dtype that it computes in."""
+        return (
+            self._layout is not None
+            and input_values.device.type == "cpu"
+            and input_values.dtype != torch.float64
+            and not needs_gradient(self.conv_layers, input_values)
+        )
 
     def forward(self, input_values: Tensor) -> Tensor:
         """Waveforms [B, S] to features [B, C, T]."""
         lengths, self._lengths = self._lengths, None
+        if self._fuses(input_values):
+            tensors = flatten_layers(front_end_layers(self.conv_layers) or [])
+            return front_end(input_values, lengths, tensors, self._layout or "").transpose(1, 2)
         if lengths is None:
             plain: Tensor = super().forward(input_values)  # type: ignore[misc]
             return plain
@@ -98,6 +114,8 @@ def mask_front_end(model: nn.Module) -> nn.Module:
     for layer in encoder.conv_layers:
         if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
             swap_class(layer, MaskedGroupNormConvLayer)
+    layers = front_end_layers(encoder.conv_layers)
+    encoder._layout = None if layers is None else describe_layers(layers)
     model.register_forward_pre_hook(_pass_lengths, with_kwargs=True)
     return model
 

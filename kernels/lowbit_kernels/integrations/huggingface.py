@@ -95,6 +95,16 @@ def detach(model: Any) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     _set_quantized(model, False)
+    _restore_weight_norm(model)
+
+
+def _restore_weight_norm(model: nn.Module) -> None:
+    """Give positional convolutions their weight norm back: a float checkpoint is loaded with it."""
+    for module in model.modules():
+        conv = module._modules.get("conv")
+        is_embedding = type(module).__name__.endswith("PositionalConvEmbedding")
+        if is_embedding and type(conv) is nn.Conv1d and getattr(module, "batch_norm", None) is None:
+            nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2)
 
 
 def _set_quantized(model: Any, value: bool) -> None:

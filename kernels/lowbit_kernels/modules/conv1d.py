@@ -127,9 +127,10 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         taps = matrix.view(self.out_channels, self.kernel_size[0], -1)  # [N, taps, C_in / groups]
         return taps.transpose(1, 2).contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, epilogue: str | None = None) -> Tensor:
+        """``nn.Conv1d``'s call; ``epilogue`` fuses the activation that follows."""
         if x.dim() == 2:  # unbatched [C, T], as nn.Conv1d
-            return self.forward(x[None])[0]
+            return self.forward(x[None], epilogue=epilogue)[0]
         padding = self.padding if isinstance(self.padding, str) else self.padding[0]
         return low_bit_conv1d(
             x,
@@ -139,6 +140,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
             padding=padding,
             dilation=self.dilation[0],
             groups=self.groups,
+            epilogue=epilogue,
         )
 
     def extra_repr(self) -> str:

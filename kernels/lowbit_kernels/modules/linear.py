@@ -109,8 +109,9 @@ class QLinear(QuantizedModule, nn.Linear):
     def _shape_weight(self, matrix: Tensor) -> Tensor:
         return matrix
 
-    def forward(self, x: Tensor) -> Tensor:
-        return low_bit_linear(x, self.quantized_weight(), self.bias)
+    def forward(self, x: Tensor, *, epilogue: str | None = None) -> Tensor:
+        """``nn.Linear``'s call; ``epilogue`` fuses the activation that follows."""
+        return low_bit_linear(x, self.quantized_weight(), self.bias, epilogue=epilogue)
 
     def extra_repr(self) -> str:
         return (
