@@ -301,7 +301,7 @@ def _pretrained(directory: Path, model: nn.Module | None) -> nn.Module:
         )
     try:
         return rebuild.load_pretrained(directory)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: {error}") from None
 
 

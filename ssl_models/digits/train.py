@@ -4,6 +4,7 @@ A run is a function of its seed: a batch depends on the seed and the step alone,
 state is set at each step. A run that was killed therefore resumes exactly from its last state file.
 """
 
+import json
 import math
 import os
 import time
@@ -135,6 +136,9 @@ def export(model: Any, folder: Path) -> None:
     """Write fp16 safetensors, configuration, vocabulary and preprocessor configuration."""
     model.half().save_pretrained(folder)
     model.float()
+    # the dtype to compute in; the file's is the tensors' own
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_processor().save_pretrained(folder)
 
 

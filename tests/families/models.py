@@ -75,7 +75,6 @@ class Family:
         lora_targets: layers that LoRA trains.
         input_name: of the first argument.
         padding_is_exact: whether a padded batch gives what single utterances give.
-        int8_padding_is_exact: the same with int8 inputs.
         graphs: that the float model needs for three lengths.
     """
 
@@ -84,7 +83,6 @@ class Family:
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     input_name: str = "input_values"
     padding_is_exact: bool = True
-    int8_padding_is_exact: bool = True
     graphs: int = 1
 
     @property
@@ -265,13 +263,11 @@ FAMILIES = [
         lora_targets=("linear_q", "linear_v"),
         input_name="input_features",
         # the frames of padding enter its convolutions, whose int8 scale is one an utterance
-        int8_padding_is_exact=False,
     ),
     Family(
         "parakeet",
         _parakeet,
         input_name="input_features",
-        int8_padding_is_exact=False,
     ),
     Family("whisper", _whisper, input_name="input_features"),
 ]

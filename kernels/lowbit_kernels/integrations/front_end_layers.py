@@ -31,7 +31,7 @@ def front_end_layers(conv_layers: nn.ModuleList) -> list[FrontEndLayer] | None:
         epilogue = epilogue_of(layer.activation)
         if not served or epilogue is None:
             return None
-        weight = conv.weight if i == 0 else conv.quantized_weight()
+        weight = conv.weight if i == 0 else conv.quantized_weight()  # type: ignore[operator]
         layers.append(FrontEndLayer(weight, conv.bias, conv.stride[0], norm, epilogue))
     inputs = {
         layer.weight.spec.inputs for layer in layers if isinstance(layer.weight, QuantizedWeight)

@@ -14,6 +14,7 @@ from lowbit_kernels.formats import (
     quantize_depthwise_weight,
     quantize_weight,
 )
+from lowbit_kernels.matmul import low_bit_linear
 from lowbit_kernels.modules.base import QuantizedModule
 
 _ATTRIBUTES = (
@@ -115,6 +116,14 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         return conv.train(self.training)
 
     @property
+    def _is_pointwise(self) -> bool:
+        return (
+            self.kernel_size == self.stride == (1,)
+            and self.groups == 1
+            and self.padding in ((0,), "same", "valid")
+        )
+
+    @property
     def _is_depthwise(self) -> bool:
         return self.groups == self.in_channels == self.out_channels and self.groups > 1
 
@@ -131,6 +140,10 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         """``nn.Conv1d``'s call; ``epilogue`` fuses the activation that follows."""
         if x.dim() == 2:  # unbatched [C, T], as nn.Conv1d
             return self.forward(x[None], epilogue=epilogue)[0]
+        if self._is_pointwise:  # a linear layer over frames: int8 inputs get a scale a frame
+            frames = x.transpose(1, 2)
+            y = low_bit_linear(frames, self.quantized_weight(), self.bias, epilogue=epilogue)
+            return y.transpose(1, 2)
         padding = self.padding if isinstance(self.padding, str) else self.padding[0]
         return low_bit_conv1d(
             x,
