@@ -3,11 +3,13 @@
 Dimension key: S strings, R resamples of a bootstrap.
 """
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,11 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
+from lowbit_kernels import QuantConfig, QuantSpec, quantize
+from lowbit_kernels.cpu import cpu_backend
 from ssl_models.digits.data import (
     HELD_OUT_SPEAKER,
     SAMPLE_RATE,
@@ -149,6 +155,52 @@ def _rate(parts: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Rate:
     return Rate(float(value), float(low), float(high))
 
 
+def _configs() -> dict[str, QuantConfig]:
+    """The quantized models that are reported, by the name of their row."""
+    float_front_end = {r"feature_extractor\.": QuantSpec(bits=4)}
+    return {
+        "8 bits": QuantConfig.small(8),
+        "4 bits: small()": QuantConfig.small(),
+        "4 bits, int8 inputs but in the front end": QuantConfig(
+            QuantSpec(bits=4, inputs="int8"), overrides=float_front_end
+        ),
+        "4 bits, int8 inputs: fast()": QuantConfig.fast(),
+        "8 bits, int8 inputs: fast(8)": QuantConfig.fast(8),
+        "2 bits": QuantConfig.small(2),
+        "1 bit": QuantConfig.small(1),
+    }
+
+
+def _evaluate_quantized(
+    model: Any, config: QuantConfig, processor: Any, strings: Sequence[DigitString]
+) -> Evaluation:
+    copied = copy.deepcopy(model)
+    quantize(copied, config)
+    return evaluate(copied, processor, strings)
+
+
+def _named(rate: Callable[..., Rate]) -> dict[str, Rate]:
+    return {
+        "mean of training speakers": rate(*TRAINING_SPEAKERS),
+        f"{HELD_OUT_SPEAKER} (held out)": rate(HELD_OUT_SPEAKER),
+    }
+
+
+def _table(rates: dict[str, Rate], result: Evaluation, quantized: dict[str, Evaluation]) -> Table:
+    table = Table("", "digit word error rate", "change", "disagreement", box=None)
+    for name, rate in rates.items():
+        table.add_row(f"float32, {name}", str(rate))
+    for config, other in quantized.items():
+        for name, speakers in (("mean", TRAINING_SPEAKERS), (HELD_OUT_SPEAKER, [HELD_OUT_SPEAKER])):
+            table.add_row(
+                f"{config}, {name}",
+                str(other.rate(*speakers)),
+                str(rate_change(result, other, *speakers)),
+                str(disagreement(result, other, *speakers)),
+            )
+    return table
+
+
 def main(
     model: Annotated[Path, typer.Option(help="folder of the exported model", exists=True)],
     data: Annotated[
@@ -158,9 +210,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of the strings")] = 0,
     threads: int = 2,
 ) -> None:
-    """Report the digit word error rate of a float model, for each speaker."""
-    from rich.console import Console
-    from rich.table import Table
+    """Report the digit word error rates of a model, in float and quantized."""
     from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
 
     torch.set_num_threads(threads)
@@ -171,31 +221,39 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     result = evaluate(network, processor, strings)
+    quantized = {
+        name: _evaluate_quantized(network, config, processor, strings)
+        for name, config in _configs().items()
+    }
+    rates = _named(result.rate) | {name: result.rate(name) for name in TRAINING_SPEAKERS}
 
-    rows = {name: result.rate(name) for name in TRAINING_SPEAKERS}
-    rows["mean of training speakers"] = result.rate(*TRAINING_SPEAKERS)
-    rows[f"{HELD_OUT_SPEAKER} (held out)"] = result.rate(HELD_OUT_SPEAKER)
-
-    table = Table("speaker", "digit word error rate, 95 % interval")
-    for name, rate in rows.items():
-        table.add_row(name, str(rate))
-    Console().print(table)
+    Console().print(_table(rates, result, quantized))
     content = {
         "command": "python -m ssl_models.digits.evaluate",
         "weights_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
         "torch": torch.__version__,
         "device": "cpu",
+        "backend": cpu_backend(),
         "seed": seed,
         "strings": len(result.words),
         "digits": int(result.words.sum()),
-        "rates": {
-            name: {"value": rate.value, "low": rate.low, "high": rate.high}
-            for name, rate in rows.items()
+        "rates": {name: asdict(rate) for name, rate in rates.items()},
+        "quantized": {
+            name: {
+                "rate": {k: asdict(r) for k, r in _named(other.rate).items()},
+                "disagreement": {
+                    k: asdict(r) for k, r in _named(partial(disagreement, result, other)).items()
+                },
+                "change": {
+                    k: asdict(r) for k, r in _named(partial(rate_change, result, other)).items()
+                },
+            }
+            for name, other in quantized.items()
         },
     }
-    partial = json_path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, json_path)
+    unfinished = json_path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, json_path)
 
 
 if __name__ == "__main__":
