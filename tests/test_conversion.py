@@ -75,6 +75,14 @@ def test_bytes_in_the_report_are_the_models_own(model):
     assert report.model_bytes_before == sum(p.nbytes for p in Encoder().parameters())
 
 
+def test_both_sizes_of_an_int8_model_are_stated(model, wave):
+    report = quantize(model, QuantConfig.fast())
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, QLinear | QConv1d))
+    assert report.cpu_bytes == report.model_bytes_after + weights
+    assert "in use on a CPU" in report.summary
+    assert "in use" not in quantize(Encoder()).summary
+
+
 def test_reported_sqnr_is_the_weights(model):
     weight = model.ffn.weight.detach().clone()
     report = quantize(model)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lowbit_kernels.cpu import cpu_backend
+
 # package to what it is for; an extra's name where one brings it
 _OPTIONAL = {
     "transformers": "models, extra hf",
@@ -52,15 +54,12 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    backends = ["PyTorch (float)"]
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        backends.append("oneDNN (int8)")
     return {
         "device": "cpu",
         "name": _cpu_name(),
         "detail": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        "backends": backends,
+        "backends": [cpu_backend()],
     }
 
 

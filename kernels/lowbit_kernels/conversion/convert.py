@@ -194,6 +194,7 @@ def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
         decision.reason,
         before,
         _bytes(layer),
+        wanted.numel() if layer.spec.inputs == "int8" else 0,
         round(whole, 2),
         note,
     )

@@ -19,6 +19,7 @@ class LayerReport:
         spec: what it was quantized to, as text; ``None`` if it was left alone.
         reason: the rule that decided.
         bytes_before, bytes_after: of weight and bias.
+        int8_copy_bytes: what int8 arithmetic on a CPU adds in memory from the first call on.
         sqnr_db: signal to quantization noise of the weight, in dB.
         note: anything a reader should look at, else empty.
     """
@@ -29,6 +30,7 @@ class LayerReport:
     reason: str
     bytes_before: int
     bytes_after: int
+    int8_copy_bytes: int = 0
     sqnr_db: float | None = None
     note: str = ""
 
@@ -67,12 +69,19 @@ class QuantizationReport:
         return json.dumps(self.to_dict(), indent=2)
 
     @property
+    def cpu_bytes(self) -> int:
+        """Bytes on a CPU after the first call: those stored, and the int8 copies."""
+        return self.model_bytes_after + sum(layer.int8_copy_bytes for layer in self.layers)
+
+    @property
     def summary(self) -> str:
         """One line: layers, bytes, ratio."""
         before, after = self.model_bytes_before, self.model_bytes_after
+        in_use = f", {_megabytes(self.cpu_bytes)} in use on a CPU" if self.cpu_bytes > after else ""
+        ratio = after / max(before, 1)
         return (
             f"{len(self.quantized)} of {len(self.layers)} layers quantized, "
-            f"{_megabytes(before)} -> {_megabytes(after)} ({after / max(before, 1):.3f} of before)"
+            f"{_megabytes(before)} -> {_megabytes(after)} ({ratio:.3f} of before){in_use}"
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
