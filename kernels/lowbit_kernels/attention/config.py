@@ -34,7 +34,7 @@ _LARGE = {
 # a bias's addresses, dropout's random numbers and loads of unaligned frames take the registers
 # that a large tile needs
 _SMALL = {
-    "forward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "forward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
     "backward_dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
     "backward_dkdv": {64: (32, 64, 8, 1), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
 }
@@ -43,6 +43,16 @@ _FP32 = {
     "forward": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     "backward_dq": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
     "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+}
+# AMD's 64 KB and 64-lane warps: the backward spills with the tiles above
+SMALLEST_SHARED_BYTES = 80 * 1024
+_SMALLEST = _SMALL | {
+    "backward_dq": _SMALL["backward_dq"] | {128: (32, 16, 4, 1)},
+    "backward_dkdv": _SMALL["backward_dkdv"] | {128: (16, 32, 4, 1)},
+}
+_SMALLEST_FP32 = _FP32 | {
+    "backward_dq": _FP32["backward_dq"] | {64: (16, 16, 4, 1)},
+    "backward_dkdv": _FP32["backward_dkdv"] | {64: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 
 
@@ -58,7 +68,10 @@ def default_config(
         extra_terms: whether the scores have a bias or dropout.
         shared_bytes: the shared memory that one program may use.
     """
-    if dtype == torch.float32:
+    is_fp32 = dtype == torch.float32
+    if shared_bytes < SMALLEST_SHARED_BYTES:
+        table = _SMALLEST_FP32 if is_fp32 else _SMALLEST
+    elif is_fp32:
         table = _FP32
     elif extra_terms or head_dim % 16 or shared_bytes < LARGE_TILE_SHARED_BYTES:
         table = _SMALL
