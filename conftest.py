@@ -1,7 +1,7 @@
 """What every test and bench shares: the device, seeds, NaN poison, markers and our options."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -65,22 +65,27 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _poison_uninitialized_memory() -> Iterator[None]:
     """Fill torch.empty with NaN, so that an output element which nobody writes fails loudly."""
-    original = torch.empty
+    originals = {name: getattr(torch, name) for name in ("empty", "empty_strided")}
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        out = original(*args, **kwargs)
-        if out.device.type != "meta" and not _is_fake(out) and out.numel():
-            if out.is_floating_point():
-                out.detach().fill_(float("nan"))
-            elif out.dtype in (torch.int8, torch.int32):
-                out.fill_(torch.iinfo(out.dtype).min)
-        return out
+    def poisoned(name: str) -> Callable[..., torch.Tensor]:
+        def allocate(*args: object, **kwargs: object) -> torch.Tensor:
+            out: torch.Tensor = originals[name](*args, **kwargs)
+            if out.device.type != "meta" and not _is_fake(out) and out.numel():
+                if out.is_floating_point():
+                    out.detach().fill_(float("nan"))
+                elif out.dtype in (torch.int8, torch.int32):
+                    out.fill_(torch.iinfo(out.dtype).min)
+            return out
 
-    torch.empty = poisoned
+        return allocate
+
+    for name in originals:
+        setattr(torch, name, poisoned(name))
     try:
         yield
     finally:
-        torch.empty = original
+        for name, original in originals.items():
+            setattr(torch, name, original)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -85,10 +85,13 @@ def test_norm_quantize_kernels_are_as_accurate_as_torch(shape, has_residual, dty
 def test_norm_quantize_op_equals_the_reference(has_residual, dtype):
     x, weight, bias, residual = norm_inputs((3, 5, 20), has_residual, dtype, "cpu")
     q, scale, h, y = norm_quantize(x, weight, bias, residual=residual, return_dequantized=True)
-    wanted_q, wanted_scale, wanted_h, _ = norm_quantize_reference(x, weight, bias, residual, EPS)
-    assert torch.equal(q, wanted_q)
-    assert torch.equal(scale, wanted_scale)
+    _, low, wanted_h, _ = norm_quantize_reference(x, weight, bias, residual, EPS)
     assert torch.equal(h, wanted_h)
+    _, high, _, normalized = norm_quantize_reference(
+        h.double(), weight.double(), bias.double(), None, EPS
+    )
+    assert_as_accurate(scale, low, high.double(), "scale")
+    assert torch.equal(q, (normalized / scale).round().to(torch.int8))
     assert torch.equal(y, (q * scale).to(dtype))
     plain = norm_quantize(x, weight, bias, residual=residual)
     assert len(plain) == 3

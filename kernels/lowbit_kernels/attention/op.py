@@ -20,7 +20,7 @@ from lowbit_kernels.attention.reference import (
     flash_attention_backward_reference,
     flash_attention_reference,
 )
-from lowbit_kernels.cpu import attention_cpu
+from lowbit_kernels.cpu import attention_backward_cpu, attention_cpu, empty_heads
 
 torch.library.define(
     "lowbit::flash_attention",
@@ -33,12 +33,6 @@ torch.library.define(
     "Tensor? bias, Tensor? seed, int? window, float? scale, float dropout_p, "
     "bool needs_bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
 )
-
-
-def _empty_heads(q: Tensor) -> Tensor:
-    """Uninitialized [B, H, T, D] in memory order [B, T, H, D]: heads merge without a copy."""
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
 @torch.library.register_fake("lowbit::flash_attention")
@@ -54,7 +48,7 @@ def _fake(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("lowbit::flash_attention_backward")
@@ -73,10 +67,15 @@ def _fake_backward(
     dropout_p: float,
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = _empty_heads(q), _empty_heads(q), _empty_heads(q)
+    dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
     if bias is None or not needs_bias_grad:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, bias.new_empty(bias.shape)
+
+
+def _cpu_native(q: Tensor) -> bool:
+    """Whether to ask for our kernels: the same answer in both directions, as dropout needs."""
+    return q.dtype != torch.float64
 
 
 def _cpu_keep(q: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
@@ -120,21 +119,21 @@ def _cpu(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _empty_heads(q), q.new_empty(0)
+    wide = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
-        return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        return empty_heads(q), q.new_empty(q.shape[:3], dtype=wide)
+    if _cpu_native(q):
+        drop = (0, 0.0) if seed is None else (int(seed), dropout_p)
+        native = attention_cpu(q, k, v, lengths, bias, window, scale, *drop)
+        if native is not None:
+            return native
+    out = empty_heads(q)
     if seed is not None:
-        wide = torch.promote_types(q.dtype, torch.float32)
         result, lse = flash_attention_reference(
             q.to(wide), k.to(wide), v.to(wide), lengths, bias, window, scale,
             _cpu_keep(q, seed, dropout_p),
         )  # fmt: skip
         return out.copy_(result), lse
-    native = (
-        None if q.dtype == torch.float64 else attention_cpu(q, k, v, lengths, bias, window, scale)
-    )
-    if native is not None:
-        return native
     # what F.scaled_dot_product_attention runs on a CPU, called by name for its second output
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -145,8 +144,7 @@ def _cpu(
         padded = (torch.arange(q.shape[2]) >= lengths[:, None])[:, None]  # [B, 1, T]
         result.masked_fill_(padded[..., None], 0.0)
         lse.masked_fill_(padded, 0.0)
-    # it follows the layout of q, which in a model is already this one
-    return result if result.stride() == out.stride() else out.copy_(result), lse
+    return out.copy_(result), lse
 
 
 @torch.library.impl("lowbit::flash_attention_backward", "cpu")
@@ -166,12 +164,20 @@ def _cpu_backward(
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _cpu_native(q):
+        drop = (0, 0.0) if seed is None else (int(seed), dropout_p)
+        native = attention_backward_cpu(
+            grad_out, q, k, v, out, lse, lengths, bias, window, scale, *drop, needs_bias_grad
+        )
+        if native is not None:
+            dq, dk, dv, dbias = native
+            return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
     wide = torch.promote_types(q.dtype, torch.float32)
     *grads, grad_scores = flash_attention_backward_reference(
         grad_out.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide),
         lengths, bias, window, scale, _cpu_keep(q, seed, dropout_p),
     )  # fmt: skip
-    dq, dk, dv = (_empty_heads(q).copy_(grad) for grad in grads)
+    dq, dk, dv = (empty_heads(q).copy_(grad) for grad in grads)
     if bias is None or not needs_bias_grad:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)

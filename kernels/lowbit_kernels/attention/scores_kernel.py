@@ -71,8 +71,8 @@ def visible(offs_q, offs_k, length, window):
 @triton.jit
 def score_ptrs(ptr, start_q, start_k, offs_q, offs_k, stride_q, stride_k):
     # 64 bits for the tile, 32 inside it: a tile of 64-bit offsets would not fit the registers
-    ptr += tl.to_tensor(start_q).to(tl.int64) * stride_q
-    ptr += tl.to_tensor(start_k).to(tl.int64) * stride_k
+    ptr += tl.cast(start_q, tl.int64) * stride_q
+    ptr += tl.cast(start_k, tl.int64) * stride_k
     return ptr + ((offs_q - start_q) * stride_q + (offs_k - start_k) * stride_k)
 
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -38,7 +38,8 @@ class Matmul(ctypes.Structure):
         ("row_scale", c_void_p), ("column_scale", c_void_p),
         ("scale", c_float), ("activation", c_int32),
         ("bias", c_void_p), ("residual", c_void_p), ("residual_stride", c_int64),
-        ("out", c_void_p), ("out_stride", c_int64), ("largest", c_void_p), ("threads", c_int64),
+        ("out", c_void_p), ("out_stride", c_int64),
+        ("largest", c_void_p), ("offset", c_void_p), ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ class RowFinish(ctypes.Structure):
 
     _fields_ = (
         ("channels", c_int64), ("norm_weight", c_void_p), ("norm_bias", c_void_p),
-        ("eps", c_float), ("activation", c_int32),
+        ("eps", c_float), ("activation", c_int32), ("offset", c_void_p),
         ("out", c_void_p), ("q", c_void_p), ("scale", c_void_p), ("largest", c_void_p),
         ("threads", c_int64),
     )  # fmt: skip
@@ -93,8 +94,42 @@ class Attention(ctypes.Structure):
         ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
         ("q_strides", c_int64 * 3), ("k_strides", c_int64 * 3), ("v_strides", c_int64 * 3),
         ("lengths", c_void_p), ("bias", c_void_p), ("bias_strides", c_int64 * 3),
-        ("window", c_int64), ("scale", c_float),
+        ("window", c_int64), ("scale", c_float), ("dropout", c_double), ("seed", c_uint64),
         ("out", c_void_p), ("lse", c_void_p), ("threads", c_int64),
+    )  # fmt: skip
+
+
+class AttentionGradient(ctypes.Structure):
+    """``struct AttentionGradient`` of csrc/attention_backward.h."""
+
+    _fields_ = (
+        ("forward", Attention), ("grad_out", c_void_p), ("grad_strides", c_int64 * 3),
+        ("delta", c_void_p), ("dq", c_void_p), ("dk", c_void_p), ("dv", c_void_p),
+        ("dbias", c_void_p), ("bias_sizes", c_int64 * 2), ("dbias_strides", c_int64 * 4),
+    )  # fmt: skip
+
+
+class GroupNorm(ctypes.Structure):
+    """``struct GroupNorm`` of csrc/norm.h."""
+
+    _fields_ = (
+        ("B", c_int64), ("C", c_int64), ("T", c_int64), ("groups", c_int64),
+        ("x", c_void_p), ("x_strides", c_int64 * 2), ("lengths", c_void_p),
+        ("weight", c_void_p), ("bias", c_void_p), ("eps", c_float),
+        ("mean", c_void_p), ("rstd", c_void_p), ("out", c_void_p),
+        ("grad", c_void_p), ("grad_strides", c_int64 * 2),
+        ("dweight", c_void_p), ("dbias", c_void_p), ("threads", c_int64),
+    )  # fmt: skip
+
+
+class NormQuantize(ctypes.Structure):
+    """``struct NormQuantize`` of csrc/norm.h."""
+
+    _fields_ = (
+        ("rows", c_int64), ("columns", c_int64), ("x", c_void_p), ("residual", c_void_p),
+        ("weight", c_void_p), ("bias", c_void_p), ("eps", c_float),
+        ("h", c_void_p), ("y", c_void_p), ("q", c_void_p), ("scale", c_void_p),
+        ("mean", c_void_p), ("rstd", c_void_p), ("threads", c_int64),
     )  # fmt: skip
 
 
@@ -102,17 +137,22 @@ SIGNATURES = {
     "has_int8_matmul": (),
     "advise_large_pages": (c_void_p, c_int64),
     "matmul_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
+    "linear_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
     "matmul_float": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
-    "quantize_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+    "matmul_few_rows": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
     "shared_scale": (c_void_p, c_int64, c_int64, c_void_p, c_int64),
     "quantize_frames": (
         c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
-        c_void_p, c_void_p, c_int64,
+        c_void_p, c_void_p, c_void_p, c_int64,
     ),
     "depthwise": (ctypes.POINTER(Depthwise),),
     "attention": (ctypes.POINTER(Attention),),
+    "attention_backward": (ctypes.POINTER(AttentionGradient),),
+    "group_norm": (ctypes.POINTER(GroupNorm),),
+    "norm_quantize": (ctypes.POINTER(NormQuantize),),
     "first_conv": (ctypes.POINTER(FirstConv), ctypes.POINTER(RowFinish)),
     "finish_rows": (c_void_p, c_int64, ctypes.POINTER(RowFinish)),
+    "glu": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
 }  # fmt: skip
 
 

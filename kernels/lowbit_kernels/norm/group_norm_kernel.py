@@ -33,7 +33,8 @@ def _masked_group_norm_fwd_kernel(
     b, group_size = pid // G, C // G
     first = (pid % G) * group_size
     length = _load_length(lengths_ptr, b, T)
-    count = tl.maximum(length * group_size, 1).to(tl.float32)
+    # a product in 32 bits would overflow for one group of many channels
+    count = tl.maximum(length, 1).to(tl.float32) * group_size
     offs_t = tl.arange(0, BLOCK_T)
     x_ptr += (b.to(tl.int64) * C + first) * T
     y_ptr += (b.to(tl.int64) * C + first) * T
@@ -56,7 +57,8 @@ def _masked_group_norm_fwd_kernel(
             centered = tl.where(t < length, x - mean, 0.0)
             squares += centered * centered
         row_ptr += T
-    rstd = 1.0 / tl.sqrt(tl.sum(squares) / count + eps)
+    # rounded correctly, unlike / and sqrt on a GPU: once a group it costs nothing
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares) / count + eps))
     tl.store(mean_ptr + pid, mean)
     tl.store(rstd_ptr + pid, rstd)
     for c in range(group_size):
@@ -82,7 +84,8 @@ def _masked_group_norm_bwd_kernel(
     b, group_size = pid // G, C // G
     first = (pid % G) * group_size
     length = _load_length(lengths_ptr, b, T)
-    count = tl.maximum(length * group_size, 1).to(tl.float32)
+    # a product in 32 bits would overflow for one group of many channels
+    count = tl.maximum(length, 1).to(tl.float32) * group_size
     mean, rstd = tl.load(mean_ptr + pid), tl.load(rstd_ptr + pid)
     offs_t = tl.arange(0, BLOCK_T)
     offset = (b.to(tl.int64) * C + first) * T

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.cpu import group_norm_backward_cpu, group_norm_cpu
 from lowbit_kernels.norm.checks import check_float_input, check_parameter
 
 torch.library.define(
@@ -60,18 +61,28 @@ def _cpu_runs(x: Tensor, lengths: Tensor | None) -> list[tuple[slice, int]]:
 def _cpu(
     x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, C, _ = x.shape
+    if x.dtype == torch.float32:
+        native = group_norm_cpu(x, weight, bias, lengths, num_groups, eps)
+        if native is not None:
+            return native
+    B, C, T = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(wide), bias.to(wide)
+    # PyTorch takes 16 bits with fp32 parameters, and computes in fp32
+    norm = torch.ops.aten.native_group_norm
+    if lengths is None and x.numel():
+        whole: tuple[Tensor, Tensor, Tensor] = norm(
+            x.contiguous(), weight, bias, B, C, T, num_groups, eps
+        )
+        return whole
     y = x.new_zeros(x.shape)
     mean = x.new_zeros(B, num_groups, dtype=wide)
     rstd = torch.zeros_like(mean)
     for rows, n in _cpu_runs(x, lengths):
-        part = x[rows, :, :n].to(wide).contiguous()
-        normalized, mean[rows], rstd[rows] = torch.ops.aten.native_group_norm(
+        part = x[rows, :, :n].contiguous()
+        y[rows, :, :n], mean[rows], rstd[rows] = norm(
             part, weight, bias, part.shape[0], C, n, num_groups, eps
         )
-        y[rows, :, :n] = normalized
     return y, mean, rstd
 
 
@@ -86,6 +97,10 @@ def _cpu_backward(
     lengths: Tensor | None,
     num_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype == torch.float32:
+        native = group_norm_backward_cpu(grad_y, x, weight, mean, rstd, lengths)
+        if native is not None:
+            return native[0], native[1].to(weight.dtype), native[2].to(bias.dtype)
     C = x.shape[1]
     wide = mean.dtype
     dx = x.new_zeros(x.shape)

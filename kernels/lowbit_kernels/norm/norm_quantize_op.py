@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from lowbit_kernels.cpu import norm_quantize_cpu
 from lowbit_kernels.norm.checks import check_float_input, check_parameter
 from lowbit_kernels.norm.reference import quantize_rows_reference
 
@@ -68,6 +69,10 @@ def _cpu(
     eps: float,
     return_dequantized: bool,
 ) -> Outputs:
+    if x.dtype == torch.float32:
+        native = norm_quantize_cpu(x, weight, bias, residual, eps, return_dequantized)
+        if native is not None:
+            return native
     wide = torch.promote_types(x.dtype, torch.float32)
     h = (x if residual is None else x + residual).contiguous()
     normalized, mean, rstd = torch.native_layer_norm(

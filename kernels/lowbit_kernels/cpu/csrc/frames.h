@@ -17,11 +17,15 @@ static inline int32_t largest_of(const float* x, int64_t count) {
   return horizontal_max(largest);
 }
 
-static inline void quantize_row(const float* x, int64_t count, float scale, uint8_t* q) {
+// offset [count] or null
+static inline void quantize_row(const float* x, int64_t count, float scale, const float* offset,
+                                uint8_t* q) {
   float inverse = 1.0f / scale;
   for (int64_t c = 0; c < count; c += LANES) {
     int lanes = lanes_left(count - c);
-    vbyte v = quantized(load_some(x + c, lanes) * inverse);
+    vfloat value = load_some(x + c, lanes);
+    if (offset) value -= load_some(offset + c, lanes);
+    vbyte v = quantized(value * inverse);
     memcpy(q + c, &v, lanes);
   }
 }

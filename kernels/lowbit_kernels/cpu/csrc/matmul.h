@@ -24,7 +24,8 @@ struct Matmul {
   int64_t residual_stride;
   float* out;  // [M, groups * N]
   int64_t out_stride;
-  int32_t* largest;  // the bits of the largest |out|, raised here; or null
+  int32_t* largest;     // the bits of the largest |out - offset|, raised here; or null
+  const float* offset;  // [groups * N] or null
   int64_t threads;
 };
 
@@ -91,13 +92,14 @@ static void tile(const Matmul& p, int64_t group, int64_t m, int64_t n, const typ
     vfloat scale = splat(p.scale);
     if (p.column_scale) scale *= load_some(p.column_scale + column, count);
     vfloat bias = p.bias ? load_some(p.bias + column, count) : vfloat{};
+    vfloat offset = p.offset ? load_some(p.offset + column, count) : vfloat{};
     for (int r = 0; r < ROWS; r++) {
       vfloat row = p.row_scale ? scale * p.row_scale[m + r] : scale;
       vfloat y = activate(T::finish(sums[r][v]) * row + bias, p.activation);
       if (p.residual)
         y += load_some(p.residual + (m + r) * p.residual_stride + column, count);
       store_some(p.out + (m + r) * p.out_stride + column, y, count);
-      if (p.largest) largest = max_int(largest, magnitude(first_lanes(y, count)));
+      if (p.largest) largest = max_int(largest, magnitude(first_lanes(y - offset, count)));
     }
   }
   if (p.largest) raise_to(p.largest, horizontal_max(largest));
@@ -118,6 +120,12 @@ static void tile_rows(const Matmul& p, int64_t rows, int64_t group, int64_t m, i
   }
 }
 
+// threads that earn the microseconds it costs to wake them; `steps` are vector instructions
+static inline int threads_worth(int64_t threads, int64_t steps) {
+  int64_t most = steps / (16 << 10) + 1;
+  return (int)(threads < most ? threads : most);
+}
+
 // rows of A that one task keeps in its second-level cache, while panels of B pass by
 static inline int64_t chunk_rows(const Matmul& p, int64_t bytes) {
   int64_t rows = (256 << 10) / (p.K * bytes + 1);
@@ -134,7 +142,8 @@ static void matmul_panels(const Matmul& p, const typename T::B* panels, const in
   int64_t chunk = chunk_rows(p, sizeof(typename T::A)), chunks = (p.M + chunk - 1) / chunk;
   int64_t a_group = (p.N + PANEL - 1) / PANEL;
   int64_t panel_size = (p.K + T::STEP - 1) / T::STEP * T::STEP * PANEL;
-#pragma omp parallel for schedule(dynamic) collapse(2) num_threads(p.threads)
+  int threads = threads_worth(p.threads, p.M * count * panel_size / (T::STEP * LANES));
+#pragma omp parallel for schedule(dynamic) collapse(2) num_threads(threads)
   for (int64_t c = 0; c < chunks; c++)
     for (int64_t i = 0; i < count; i++) {
       int64_t end = (c + 1) * chunk < p.M ? (c + 1) * chunk : p.M;

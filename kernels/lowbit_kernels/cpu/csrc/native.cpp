@@ -4,8 +4,11 @@
 #include <sys/mman.h>
 
 #include "attention.h"
+#include "attention_backward.h"
+#include "few_rows.h"
 #include "frames.h"
 #include "matmul.h"
+#include "norm.h"
 #include "rows.h"
 #include "weight.h"
 
@@ -51,14 +54,33 @@ extern "C" int matmul_float(const Matmul* p, const PackedWeight* weight) {
   return 0;
 }
 
+// the same for at most FEW_ROWS rows and one group
+extern "C" int matmul_few_rows(const Matmul* p, const PackedWeight* weight) {
+  return !few_rows(*p, *weight);
+}
+
 // each row [columns] to uint8 with zero point 128, by its scale or, with `own`, by one found here
-extern "C" void quantize_rows(const float* x, int64_t rows, int64_t columns, int64_t own,
+static void quantize_rows(const float* x, int64_t rows, int64_t columns, int64_t own,
                               uint8_t* q, float* scale, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads_worth(threads, rows * columns))
   for (int64_t r = 0; r < rows; r++) {
     if (own) scale[r] = scale_of(largest_of(x + r * columns, columns));
-    quantize_row(x + r * columns, columns, scale[r], q + r * columns);
+    quantize_row(x + r * columns, columns, scale[r], nullptr, q + r * columns);
   }
+}
+
+// A is float; its rows are quantized first, by row_scale or, where that is null, each by its own
+extern "C" int linear_int8(const Matmul* args, const int8_t* panels, const int32_t* start) {
+  Matmul p = *args;
+  int64_t bytes = (p.M * p.K + 127) / 64 * 64;  // tiles read whole words
+  uint8_t* q = (uint8_t*)aligned_alloc(64, bytes + (p.M * 4 + 63) / 64 * 64);
+  if (!q) return 1;
+  float* scale = p.row_scale ? (float*)p.row_scale : (float*)(q + bytes);
+  quantize_rows((const float*)p.a, p.M, p.K, !p.row_scale, q, scale, p.threads);
+  p.a = q, p.row_scale = scale;
+  matmul_int8(&p, panels, start);
+  free(q);
+  return 0;
 }
 
 // one scale for all rows
@@ -74,10 +96,12 @@ extern "C" void shared_scale(const float* x, int64_t rows, int64_t columns, floa
 }
 
 // frames [frames, groups * channels] to padded planes [groups, left + frames + right, channels] by
-// one scale; frames from `valid` on and the padding become zero
+// one scale, less offset [groups * channels] or null; frames from `valid` on and the padding become
+// zero
 extern "C" void quantize_frames(const float* x, int64_t frames, int64_t valid, int64_t groups,
                                 int64_t channels, int64_t left, int64_t right,
-                                const float* scale, uint8_t* q, int64_t threads) {
+                                const float* scale, const float* offset, uint8_t* q,
+                                int64_t threads) {
   int64_t padded = left + frames + right;
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < padded; i++)
@@ -86,7 +110,8 @@ extern "C" void quantize_frames(const float* x, int64_t frames, int64_t valid, i
       if (i < left || i >= left + valid)
         memset(out, 128, channels);
       else
-        quantize_row(x + ((i - left) * groups + g) * channels, channels, *scale, out);
+        quantize_row(x + ((i - left) * groups + g) * channels, channels, *scale,
+                     offset ? offset + g * channels : nullptr, out);
     }
 }
 
@@ -133,6 +158,15 @@ extern "C" void finish_rows(float* x, int64_t rows, const RowFinish* finish) {
   if (finish->largest) raise_to(finish->largest, largest);
 }
 
+// x [rows, 2 * columns] to out [rows, columns]
+extern "C" void glu(const float* x, int64_t rows, int64_t columns, const float* residual, float* out,
+                    int64_t threads) {
+#pragma omp parallel for num_threads(threads_worth(threads, 4 * rows * columns))
+  for (int64_t r = 0; r < rows; r++)
+    glu_row(x + r * 2 * columns, columns, residual ? residual + r * columns : nullptr,
+            out + r * columns);
+}
+
 extern "C" int attention(const Attention* args) {
   const Attention& p = *args;
   int64_t panels = (p.T + PANEL - 1) / PANEL, head = panels * PANEL * p.D;
@@ -159,4 +193,44 @@ extern "C" int attention(const Attention* args) {
   free(keys);
   free(buffers);
   return failed;
+}
+
+extern "C" int attention_backward(const AttentionGradient* args) {
+  const AttentionGradient& g = *args;
+  const Attention& p = g.forward;
+  int64_t size = (gradient_buffer(p) + LANES - 1) / LANES * LANES;
+  float* buffers = (float*)aligned_alloc(64, p.threads * size * 4);
+  if (!buffers) return 1;
+  // heads that share a bias's gradient add to it one after the other
+  int64_t batches = g.dbias ? g.bias_sizes[0] : p.B, heads = g.dbias ? g.bias_sizes[1] : p.H;
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads)
+  for (int64_t n = 0; n < batches * heads; n++)
+    for (int64_t b = n / heads; b < p.B; b += batches)
+      for (int64_t h = n % heads; h < p.H; h += heads)
+        HeadGradient(g, b, h, buffers + omp_get_thread_num() * size).run();
+  free(buffers);
+  return 0;
+}
+
+extern "C" void group_norm(const GroupNorm* args) {
+  const GroupNorm& p = *args;
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads)
+  for (int64_t n = 0; n < p.B * p.groups; n++) {
+    if (p.grad)
+      group_norm_backward(p, n / p.groups, n % p.groups);
+    else
+      group_norm_forward(p, n / p.groups, n % p.groups);
+  }
+}
+
+extern "C" int norm_quantize(const NormQuantize* args) {
+  const NormQuantize& p = *args;
+  int64_t size = (p.columns + LANES - 1) / LANES * LANES;
+  float* buffers = (float*)aligned_alloc(64, p.threads * size * 4);
+  if (!buffers) return 1;
+#pragma omp parallel for num_threads(p.threads) if (p.rows > 8)
+  for (int64_t r = 0; r < p.rows; r++)
+    norm_quantize_row(p, r, buffers + omp_get_thread_num() * size);
+  free(buffers);
+  return 0;
 }

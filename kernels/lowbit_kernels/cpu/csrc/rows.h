@@ -11,10 +11,11 @@ struct RowFinish {
   const float* norm_bias;
   float eps;
   int32_t activation;
+  const float* offset;  // [channels], subtracted before `q` and `largest`; or null
   float* out;          // [rows, channels] or null
   uint8_t* q;          // [rows, channels], by `scale`, or null
   const float* scale;
-  int32_t* largest;    // the bits of the largest |value|, raised here; or null
+  int32_t* largest;    // the bits of the largest |value - offset|, raised here; or null
   int64_t threads;
 };
 
@@ -45,14 +46,25 @@ static int32_t finish_row(const RowFinish& p, float* row, int64_t number) {
   for (int64_t c = 0; c < p.channels; c += LANES) {
     int count = lanes_left(p.channels - c);
     vfloat y = activate(load_some(row + c, count), p.activation);
-    if (p.largest) largest = max_int(largest, magnitude(first_lanes(y, count)));
     if (p.out) store_some(p.out + number * p.channels + c, y, count);
+    if (p.offset) y -= load_some(p.offset + c, count);
+    if (p.largest) largest = max_int(largest, magnitude(first_lanes(y, count)));
     if (p.q) {
       vbyte q = quantized(y * inverse);
       memcpy(p.q + number * p.channels + c, &q, count);
     }
   }
   return horizontal_max(largest);
+}
+
+// out = row[0 .. columns) * sigmoid(row[columns .. 2 * columns)) + residual, which may be null
+static void glu_row(const float* row, int64_t columns, const float* residual, float* out) {
+  for (int64_t c = 0; c < columns; c += LANES) {
+    int count = lanes_left(columns - c);
+    vfloat y = load_some(row + c, count) * sigmoid(load_some(row + columns + c, count));
+    if (residual) y += load_some(residual + c, count);
+    store_some(out + c, y, count);
+  }
 }
 
 // A convolution of one input channel: x, weight [taps, channels], bias [channels].

@@ -5,16 +5,21 @@
 
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 constexpr int LANES = 16;
 typedef float vfloat __attribute__((vector_size(64)));
 typedef int32_t vint __attribute__((vector_size(64)));
+typedef uint32_t vuint __attribute__((vector_size(64)));
 typedef uint8_t vbyte __attribute__((vector_size(16)));
 
 enum Activation { NONE, GELU, GELU_TANH, SILU, RELU };
 
 static inline vfloat splat(float x) { return x - vfloat{}; }
 static inline vint splat_int(int32_t x) { return x - vint{}; }
+static inline vint lane_numbers() { return vint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 template <class V, class T>
 static inline V load(const T* p) {
@@ -66,9 +71,30 @@ static inline int32_t horizontal_max(vint v) {
 }
 
 static inline float horizontal_sum(vfloat v) {
-  float sum = 0.0f;
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
+  typedef float vhalf __attribute__((vector_size(32)));
+  typedef float vquarter __attribute__((vector_size(16)));
+  vhalf half = load<vhalf>(&v) + load<vhalf>((const float*)&v + 8);
+  vquarter quarter = load<vquarter>(&half) + load<vquarter>((const float*)&half + 4);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+static inline vint widen(const uint8_t* p) {
+#ifdef __AVX512F__  // GCC moves the bytes one by one for __builtin_convertvector
+  return (vint)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<vbyte>(p), vint);
+#endif
+}
+
+// table[index % 16] in each lane
+static inline vfloat look_up(vfloat table, vint index) {
+#ifdef __AVX512F__
+  return (vfloat)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#else
+  vfloat out;
+  for (int i = 0; i < LANES; i++) out[i] = table[index[i] & (LANES - 1)];
+  return out;
+#endif
 }
 
 // round half to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits
