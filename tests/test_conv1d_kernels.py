@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lowbit_kernels.conv1d import Geometry, conv1d_reference, low_bit_conv1d, quantize_utterances
 from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, mask_frames
-from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
@@ -159,6 +159,16 @@ def test_an_empty_batch(case, spec, cuda_code, device):
         y, z, weight, lengths, geometry, "silu", *x.shape[1:], True, True
     )
     assert (y.shape, dx.shape, dbias.tolist()) == (residual.shape, x.shape, [0.0] * weight.N)
+
+
+@pytest.mark.parametrize("spec", [FLOAT, INT8], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_nothing_but_padding(groups, spec, cuda_code, device):
+    geometry = Geometry(3, left=2, right=2, groups=groups)
+    weight = quantize_weight(torch.randn(8, 24 // groups, device=device), spec)
+    x = torch.empty(2, 8, 0, dtype=torch.float16, device=device)
+    y, _ = cuda_code.conv1d_cuda(x, weight, None, None, None, geometry, None)
+    assert torch.equal(y, torch.zeros(2, 8, 2, dtype=torch.float16, device=device))
 
 
 def test_choice_of_kernel_is_a_pure_function(cuda_code):

@@ -93,7 +93,7 @@ def flat_arguments(x, weight, bias, residual, lengths, geometry, epilogue):
     spec, g = weight.spec, geometry
     return (
         x, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, None,
-        bias, residual, lengths, spec.bits, spec.group, spec.inputs,
+        bias, residual, lengths, spec.bits, spec.group, spec.inputs, spec.deterministic,
         g.kernel_size, g.stride, g.left, g.right, g.dilation, g.groups, epilogue,
     )  # fmt: skip
 

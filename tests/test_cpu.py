@@ -36,8 +36,9 @@ SPECS = [
     QuantSpec(bits=2, inputs="int8"),
     QuantSpec(bits=1, inputs="int8"),
 ]
-# M, K, N: one row; ragged everywhere; whole tiles; several panels of output channels
-SHAPES = [(1, 64, 48), (13, 99, 70), (16, 128, 96), (37, 200, 130)]
+# M, K, N: one row; few rows, whose weights are decoded in registers; ragged everywhere; whole
+# tiles; several panels of output channels
+SHAPES = [(1, 64, 48), (3, 99, 70), (8, 300, 38), (13, 99, 70), (16, 128, 96), (37, 200, 130)]
 
 
 @pytest.fixture(params=["native", "onednn", "float"])

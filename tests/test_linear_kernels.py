@@ -202,6 +202,17 @@ def test_cuda_path_forward_and_backward(dtype, inputs, epilogue, device):
     assert_as_accurate(dbias, grads[dtype][1], grads[torch.float64][1], "dbias")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.usefixtures("hopper")
+def test_cuda_outputs_may_be_written_into(dtype, device):
+    """Autograd refuses that for a view, and encoders zero their padded frames in place."""
+    x, weight, bias, _ = make_inputs(6, 38, 101, SPECS["w4g64"], dtype, device)
+    for rows in (x, x.view(2, 3, 101)):
+        y, z = cuda_linear.linear_cuda(rows, weight, bias, None, "gelu", want_preactivation=True)
+        assert not y._is_view()
+        assert not z._is_view()
+
+
 @pytest.mark.parametrize("inputs", [None, "int8"])
 @pytest.mark.usefixtures("hopper")
 def test_cuda_path_without_rows(inputs, device):

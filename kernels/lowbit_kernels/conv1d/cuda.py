@@ -22,7 +22,12 @@ from lowbit_kernels.conv1d.layout import channel_first, channel_last
 from lowbit_kernels.conv1d.reference import conv_weight
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
+from lowbit_kernels.matmul.dispatch import (
+    DETERMINISTIC_FRAMES,
+    choose_backend,
+    choose_config,
+    planned_rows,
+)
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
 from lowbit_kernels.matmul.kernel import linear_triton
 
@@ -47,8 +52,9 @@ def choose_kernel(
     inputs: str | None,
     dtype: torch.dtype,
     capability: tuple[int, int],
+    deterministic: bool = False,
 ) -> str:
-    """The kernel that serves a convolution: a pure function.
+    """The kernel that serves a convolution: a pure function; ``deterministic`` ignores M.
 
     Returns:
         ``"depthwise"``; ``"dequant_cudnn"``: the weight is dequantized to memory and torch
@@ -56,9 +62,11 @@ def choose_kernel(
         ``"implicit_gemm"``: grouped or dilated.
 
     Raises:
-        NotImplementedError: on a GPU older than the kernels serve.
+        NotImplementedError: on a GPU older than the kernels serve; for a deterministic product of
+            fp32, which is cuDNN's.
     """
-    backend = choose_backend(M, inputs, dtype, capability)
+    # the depthwise kernel serves fp32 itself
+    backend = choose_backend(M, inputs, dtype, capability, deterministic and not is_depthwise)
     if is_depthwise:
         return "depthwise"
     if geometry.groups > 1 and (inputs is not None or dtype != torch.float32):
@@ -88,8 +96,9 @@ def conv1d_cuda(
     residual = None if residual is None else residual.transpose(1, 2).contiguous()
     B, T_out, spec = x.shape[0], geometry.frames_out(x.shape[1]), weight.spec
     kernel = choose_kernel(
-        B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, capability
-    )
+        B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, capability,
+        spec.deterministic,
+    )  # fmt: skip
     if kernel == "matmul":
         y, z = _matmul(
             x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, *limits
@@ -124,7 +133,10 @@ def conv1d_backward_cuda(
     if not needs_x:
         return grad_y.new_empty(0), dbias
     capability, *_ = device_properties(grad_y.device)
-    kernel = choose_kernel(B * T_out, geometry, weight.is_depthwise, None, dz.dtype, capability)
+    kernel = choose_kernel(
+        B * T_out, geometry, weight.is_depthwise, None, dz.dtype, capability,
+        weight.spec.deterministic,
+    )  # fmt: skip
     dz = dz.view(B, T_out, weight.N)
     if kernel == "dequant_cudnn":
         return _dequant_cudnn_dx(dz, weight, lengths, geometry, T), dbias
@@ -158,8 +170,9 @@ def _matmul(
         x = copy_frames_triton(x, lengths, geometry, pad=True)
     windows = x.as_strided((B, T_out, k * C), (x.stride(0), geometry.stride * C, 1))
     residual = None if residual is None else residual.flatten(0, 1)
+    rows = planned_rows(B * T_out, weight.spec.deterministic, DETERMINISTIC_FRAMES)
     config = choose_config(
-        max(B * T_out, 1), weight.N, weight.K, weight.spec.bits, x.itemsize, num_sms, shared_bytes
+        rows, weight.N, weight.K, weight.spec.bits, x.itemsize, num_sms, shared_bytes
     )
     return linear_triton(
         windows, weight, bias, residual, epilogue, config,

@@ -22,7 +22,7 @@ torch.library.define(
     "(Tensor waveform, Tensor? lengths, Tensor?[] tensors, str layout) -> Tensor",
 )
 # tensors of a layer: qweight or float weight, then these
-_PER_LAYER = 8
+_PER_LAYER = 9
 
 
 def describe_layers(layers: Sequence[FrontEndLayer]) -> str:
@@ -55,6 +55,7 @@ def flatten_layers(layers: Sequence[FrontEndLayer]) -> list[Tensor | None]:
         else:
             tensors += [w, None, None, None, None]
         tensors += [layer.bias, *((None, None) if norm is None else (norm.weight, norm.bias))]
+        tensors.append(layer.input_offset)
     return tensors
 
 
@@ -90,9 +91,10 @@ def _cpu(
     _frames(waveform.shape[1], layout)
     layers = []
     for i, layer in enumerate(_parse(layout)):
-        weight, scale, group_scale, zero_point, input_scale, bias, norm_weight, norm_bias = tensors[
-            i * _PER_LAYER : (i + 1) * _PER_LAYER
-        ]
+        (
+            weight, scale, group_scale, zero_point, input_scale,
+            bias, norm_weight, norm_bias, offset,
+        ) = tensors[i * _PER_LAYER : (i + 1) * _PER_LAYER]  # fmt: skip
         assert weight is not None, "flatten_layers puts it there"
         packed: Tensor | QuantizedWeight = weight
         if layer["spec"] is not None:
@@ -105,7 +107,9 @@ def _cpu(
             assert norm_weight is not None, "flatten_layers puts it there"
             assert norm_bias is not None, "flatten_layers puts it there"
             norm = Norm(layer["norm"][0], norm_weight, norm_bias, layer["norm"][1])
-        layers.append(FrontEndLayer(packed, bias, layer["stride"], norm, layer["activation"]))
+        layers.append(
+            FrontEndLayer(packed, bias, layer["stride"], norm, layer["activation"], offset)
+        )
     return front_end_cpu(waveform, layers, lengths)
 
 

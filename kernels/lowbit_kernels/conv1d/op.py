@@ -19,7 +19,7 @@ from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import apply_epilogue
 
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point"
-_FORMAT = "int bits, int group_size, str? inputs"
+_FORMAT = "int bits, int group_size, str? inputs, bool deterministic"
 _GEOMETRY = "int kernel_size, int stride, int left, int right, int dilation, int groups"
 _FORWARD = (
     f"(Tensor x, {_WEIGHT}, Tensor? input_scale, Tensor? bias, Tensor? residual, "
@@ -36,10 +36,15 @@ torch.library.define(
 
 @cache
 def _spec(
-    bits: int, group_size: int, symmetric: bool, inputs: str | None, static: bool
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    inputs: str | None,
+    deterministic: bool,
+    static: bool,
 ) -> QuantSpec:
     input_scale = "static" if static else "utterance"
-    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale)
+    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale, deterministic)
 
 
 def _weight(
@@ -52,31 +57,30 @@ def _weight(
     bits: int,
     group_size: int,
     inputs: str | None,
+    deterministic: bool,
 ) -> QuantizedWeight:
     """The weight whose tensors travelled through the op's flat schema."""
-    spec = _spec(bits, group_size, zero_point is None, inputs, input_scale is not None)
+    symmetric, static = zero_point is None, input_scale is not None
+    spec = _spec(bits, group_size, symmetric, inputs, deterministic, static)
     return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
 
 
 def _unpack_forward(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The flat arguments as x, weight, bias, residual, lengths, geometry, epilogue."""
     x, qweight, scale, group_scale, zero_point, input_scale, bias, residual, lengths = args[:9]
-    bits, group_size, inputs = args[9:12]
-    geometry, epilogue = Geometry(*args[12:18]), args[18]
+    format_args, geometry, epilogue = args[9:13], Geometry(*args[13:19]), args[19]
     K = geometry.kernel_size * (x.shape[1] // geometry.groups)
-    weight = _weight(
-        qweight, scale, group_scale, zero_point, input_scale, K, bits, group_size, inputs
-    )
+    weight = _weight(qweight, scale, group_scale, zero_point, input_scale, K, *format_args)
     return x, weight, bias, residual, lengths, geometry, epilogue
 
 
 def _unpack_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The flat arguments as grad_y, preactivation, weight, lengths, geometry, and the last five."""
     grad_y, preactivation, qweight, scale, group_scale, zero_point, lengths = args[:7]
-    bits, group_size, inputs = args[7:10]
-    geometry, (epilogue, C, T, needs_x, needs_bias) = Geometry(*args[10:16]), args[16:]
+    format_args, geometry = args[7:11], Geometry(*args[11:17])
+    epilogue, C, T, needs_x, needs_bias = args[17:]
     K = geometry.kernel_size * (C // geometry.groups)
-    weight = _weight(qweight, scale, group_scale, zero_point, None, K, bits, group_size, inputs)
+    weight = _weight(qweight, scale, group_scale, zero_point, None, K, *format_args)
     return (
         grad_y, preactivation, weight, lengths, geometry, epilogue, C, T, needs_x, needs_bias,
     )  # fmt: skip
@@ -132,6 +136,9 @@ def _cpu(*args: Any) -> Tensor:
 def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
     z = _cpu_forward(x, weight, bias, None, lengths, geometry, None).contiguous()
+    if weight.spec.deterministic:  # the bits of inference, whose activation is the kernel's
+        y = _cpu_forward(x, weight, bias, residual, lengths, geometry, epilogue)
+        return channel_first(y), channel_first(z)
     y = apply_epilogue(z, epilogue)
     if residual is not None:
         y = y + residual.transpose(1, 2)
@@ -195,7 +202,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 19
+    grads: list[Tensor | None] = [None] * 20
     needs_x, needs_bias, needs_residual = (ctx.needs_input_grad[i] for i in (0, 6, 7))
     if grad_y is not None and (needs_x or needs_bias):
         if ctx.epilogue is not None and ctx.saved_tensors[0] is None:
@@ -268,7 +275,7 @@ def low_bit_conv1d(
     args = (
         x, weight.qweight, weight.scale, weight.group_scale, weight.zero_point,
         weight.input_scale if spec.input_scale == "static" else None,
-        bias, residual, lengths, spec.bits, spec.group, spec.inputs,
+        bias, residual, lengths, spec.bits, spec.group, spec.inputs, spec.deterministic,
         geometry.kernel_size, stride, geometry.left, geometry.right, dilation, groups, epilogue,
     )  # fmt: skip
     y: Tensor

@@ -11,9 +11,9 @@ from lowbit_kernels.conv1d.geometry import Geometry
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.reference import (
     INT8_MAX,
-    MIN_INPUT_SCALE,
     apply_epilogue,
     epilogue_backward_reference,
+    int8_scale,
 )
 
 
@@ -72,7 +72,7 @@ def quantize_utterances(x: Tensor, static_scale: Tensor | None = None) -> tuple[
     """
     x = x.float()
     if static_scale is None:
-        scale = (x.abs().amax((1, 2)) / INT8_MAX).clamp_min(MIN_INPUT_SCALE)
+        scale = int8_scale(x.abs().amax((1, 2)))
     else:
         scale = static_scale.float().expand(x.shape[0])
     q = (x * (1 / scale)[:, None, None]).round().clamp(-INT8_MAX, INT8_MAX)

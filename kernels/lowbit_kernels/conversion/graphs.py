@@ -107,7 +107,8 @@ def capture_graphs(
             f"capture_graphs needs a model on a CUDA device, got one on {device.type!r}; "
             "elsewhere call the model itself"
         )
-    return _capture_all(model, seconds, batch, sampling_rate, device, _capture_cuda)
+    with torch.cuda.device(device):  # else the streams are those of device 0
+        return _capture_all(model, seconds, batch, sampling_rate, device, _capture_cuda)
 
 
 def _capture_all(

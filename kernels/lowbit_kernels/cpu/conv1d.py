@@ -71,7 +71,7 @@ def conv1d_cpu(
     Raises:
         NotImplementedError: for inputs other than None and "int8".
     """
-    check(x, weight)
+    check(x, weight, epilogue)
     B, T, C = x.shape
     taps = weight.K if weight.is_depthwise else weight.K // (C // groups)
     window = Window(taps, stride, padding, dilation, groups)
@@ -125,7 +125,7 @@ def quantize_planes(x: Tensor, valid: int, scale: Tensor, window: Window) -> Ten
     if library is not None:
         library.quantize_frames(
             lib.pointer(x), T, valid, G, C // G, left, right,
-            lib.pointer(scale), lib.pointer(planes), lib.threads(),
+            lib.pointer(scale), None, lib.pointer(planes), lib.threads(),
         )  # fmt: skip
         return planes
     quantized = portable.quantize(x[:valid], scale) + ZERO_POINT

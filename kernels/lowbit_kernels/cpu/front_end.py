@@ -50,10 +50,11 @@ class FrontEndLayer:
 
     Args:
         weight: the first layer's float [N, 1, taps]; a quantized one [N, taps * C] elsewhere.
-        bias: [N] or None.
+        bias: [N] or None; with what ``input_offset`` adds to each output channel.
         stride: input frames between two output frames.
         norm: the normalization; ``"group"`` in the first layer only.
         activation: None, "gelu", "gelu_tanh", "silu" or "relu".
+        input_offset: [C] fp32, subtracted from the input before it is quantized. None: zero.
     """
 
     weight: Tensor | QuantizedWeight
@@ -61,6 +62,7 @@ class FrontEndLayer:
     stride: int
     norm: Norm | None = None
     activation: str | None = "gelu"
+    input_offset: Tensor | None = None
 
     def taps(self, C: int) -> int:
         """Kernel size, given the input channels."""
@@ -149,6 +151,7 @@ def _one_by_one(x: Tensor, first: _Affine, layers: Sequence[FrontEndLayer]) -> T
     for layer in layers[1:]:
         assert isinstance(layer.weight, QuantizedWeight)
         epilogue = layer.activation if layer.norm is None else None
+        h = h if layer.input_offset is None else h - layer.input_offset
         h = conv1d_cpu(h[None], layer.weight, layer.bias, None, epilogue, stride=layer.stride)[0]
         if layer.norm is not None:
             h = _finish(h, layer)
@@ -160,11 +163,11 @@ def _int8_layers(library: ctypes.CDLL, x: Tensor, layers: Sequence[FrontEndLayer
     if scale is None:
         # the first layer is cheap enough to be computed twice: for its range, and for its values
         largest = torch.zeros(())
-        _first_native(library, x, first, layers[0], largest=largest)
+        _first_native(library, x, first, layers[0], layers[1].input_offset, largest=largest)
         scale = portable.scale_of(largest)
     frames, C = (x.shape[0] - layers[0].taps(1)) // layers[0].stride + 1, layers[0].N
     q = lib.empty(frames * C + SLACK_BYTES, dtype=torch.uint8)
-    _first_native(library, x, first, layers[0], q=q, scale=scale)
+    _first_native(library, x, first, layers[0], layers[1].input_offset, q=q, scale=scale)
     scratch = torch.empty(0)
     for number, layer in enumerate(layers[1:], 1):
         assert isinstance(layer.weight, QuantizedWeight)
@@ -177,15 +180,18 @@ def _int8_layers(library: ctypes.CDLL, x: Tensor, layers: Sequence[FrontEndLayer
         h, largest = scratch[: frames * C].view(frames, C), torch.zeros(())
         inside = layer.norm is None
         finish = Finish(layer.bias, layer.activation if inside else None, None).prepared()
-        multiply_native(library, rows, layer.weight, scale, finish, h, largest if inside else None)
+        last = number + 1 == len(layers)
+        offset = None if last else layers[number + 1].input_offset
+        raised = None if last or not inside else largest
+        multiply_native(library, rows, layer.weight, scale, finish, h, raised, offset)
         if not inside:
-            _finish_native(library, h, layer, largest=largest)
-        if number + 1 < len(layers):
+            _finish_native(library, h, layer, offset, largest)
+        if not last:
             static = _static_scale(layers[number + 1])
             scale = portable.scale_of(largest) if static is None else static
             library.quantize_frames(
                 lib.pointer(h), frames, frames, 1, C, 0, 0,
-                lib.pointer(scale), lib.pointer(q), lib.threads(),
+                lib.pointer(scale), lib.pointer(offset), lib.pointer(q), lib.threads(),
             )  # fmt: skip
     return h
 
@@ -242,6 +248,7 @@ def _first_native(
     x: Tensor,
     first: _Affine,
     layer: FrontEndLayer,
+    offset: Tensor | None = None,
     out: Tensor | None = None,
     q: Tensor | None = None,
     scale: Tensor | None = None,
@@ -252,22 +259,27 @@ def _first_native(
         frames=(x.shape[0] - taps) // layer.stride + 1, taps=taps, stride=layer.stride,
         x=lib.pointer(x), weight=lib.pointer(first.weight), bias=lib.pointer(first.bias),
     )  # fmt: skip
-    finish, held = _row_finish(layer, out, q, scale, largest)
+    finish, held = _row_finish(layer, offset, out, q, scale, largest)
     if library.first_conv(conv, finish):
         raise MemoryError("no memory for the rows of the first convolution")
     del held
 
 
 def _finish_native(
-    library: ctypes.CDLL, h: Tensor, layer: FrontEndLayer, largest: Tensor | None = None
+    library: ctypes.CDLL,
+    h: Tensor,
+    layer: FrontEndLayer,
+    offset: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> None:
-    finish, held = _row_finish(layer, h, None, None, largest)
+    finish, held = _row_finish(layer, offset, h, None, None, largest)
     library.finish_rows(lib.pointer(h), h.shape[0], finish)
     del held
 
 
 def _row_finish(
     layer: FrontEndLayer,
+    offset: Tensor | None,
     out: Tensor | None,
     q: Tensor | None,
     scale: Tensor | None,
@@ -281,6 +293,7 @@ def _row_finish(
     return lib.RowFinish(
         channels=layer.N, norm_weight=lib.pointer(weight), norm_bias=lib.pointer(bias),
         eps=0.0 if layer.norm is None else layer.norm.eps,
-        activation=ACTIVATIONS[layer.activation], out=lib.pointer(out), q=lib.pointer(q),
-        scale=lib.pointer(scale), largest=lib.pointer(largest), threads=lib.threads(),
+        activation=ACTIVATIONS[layer.activation], offset=lib.pointer(offset),
+        out=lib.pointer(out), q=lib.pointer(q), scale=lib.pointer(scale),
+        largest=lib.pointer(largest), threads=lib.threads(),
     ), held  # fmt: skip

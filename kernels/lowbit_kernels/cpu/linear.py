@@ -3,13 +3,15 @@
 Dimension key: M rows, K input features, N output features, N_out N / 2 with ``glu`` and N without.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import library as lib
 from lowbit_kernels.cpu import portable
-from lowbit_kernels.cpu.product import SLACK_BYTES, Finish, Rows, check, multiply
-from lowbit_kernels.cpu.resident import ZERO_POINT
+from lowbit_kernels.cpu.product import ACTIVATIONS, SLACK_BYTES, Finish, Rows, check, multiply
+from lowbit_kernels.cpu.resident import ZERO_POINT, resident_int8
 from lowbit_kernels.formats import QuantizedWeight
 
 
@@ -42,35 +44,67 @@ def linear_cpu(
     Raises:
         NotImplementedError: for inputs other than None and "int8".
     """
-    check(x, weight)
-    K, width = x.shape[-1], weight.N // 2 if epilogue == "glu" else weight.N
-    flat = x.reshape(-1, K).float().contiguous()
-    M = flat.shape[0]
+    check(x, weight, epilogue)
+    batch, N = x.shape[:-1], weight.N
+    x_rows = x.float().contiguous().view(-1, weight.K)
+    M, width = x_rows.shape[0], N // 2 if epilogue == "glu" else N
     if M == 0:
-        return x.new_empty(*x.shape[:-1], width)
-    finish = Finish(bias, epilogue, None if residual is None else residual.reshape(M, width))
+        return x.new_empty(*batch, width)
+    residual = None if residual is None else residual.reshape(M, width)
+    finish = Finish(bias, epilogue, residual)
     if weight.spec.inputs is None:
-        y = multiply(Rows(flat, M, K, K), weight, None, finish)
+        y = multiply(Rows(x_rows, M, weight.K, weight.K), weight, None, finish)
     else:
-        q, scale = _quantize(flat, x_scale_rows)
-        y = multiply(Rows(q, M, K, K), weight, scale, finish)
-    return y.to(x.dtype).view(*x.shape[:-1], width)
+        y = _int8(x_rows, weight, x_scale_rows, finish)
+    return y.to(x.dtype).view(*batch, width)
 
 
-def _quantize(flat: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows [M, K] to uint8 with zero point 128, flat and with slack, and their scale [M, 1]."""
-    M, K = flat.shape
-    q = lib.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
-    library = lib.native()
+def _int8(
+    x: Tensor, weight: QuantizedWeight, x_scale_rows: Tensor | None, finish: Finish
+) -> Tensor:
+    """[M, N_out] from x [M, K] fp32."""
+    finish = finish.prepared()
+    if finish.epilogue == "glu":
+        plain = Finish(finish.bias, None, None)
+        return finish.after_glu(_int8(x, weight, x_scale_rows, plain))
+    library = lib.native_int8()
     if library is not None:
-        own = scale is None
-        scale = torch.empty(M, 1) if scale is None else scale.float().reshape(M, 1).contiguous()
-        library.quantize_rows(
-            lib.pointer(flat), M, K, own, lib.pointer(q), lib.pointer(scale), lib.threads()
-        )
-        return q, scale
+        return _native_int8(library, x, weight, x_scale_rows, finish)
+    q, scale = _quantize(x, x_scale_rows)
+    return multiply(Rows(q, x.shape[0], weight.K, weight.K), weight, scale, finish)
+
+
+def _native_int8(
+    library: ctypes.CDLL,
+    x: Tensor,
+    weight: QuantizedWeight,
+    x_scale_rows: Tensor | None,
+    finish: Finish,
+) -> Tensor:
+    """One call: in a decoder's step each Python line costs as much as the arithmetic."""
+    (M, K), N = x.shape, weight.N
+    scale = None if x_scale_rows is None else x_scale_rows.float().contiguous()
+    column_scale, out = weight.scale.float().contiguous(), lib.empty(M, N)
+    resident = resident_int8(weight, "native")
+    arguments = lib.Matmul(
+        M=M, N=N, K=K, groups=1, a=x.data_ptr(), a_stride=K,
+        row_scale=lib.pointer(scale), column_scale=column_scale.data_ptr(), scale=1.0,
+        activation=ACTIVATIONS[finish.epilogue], bias=lib.pointer(finish.bias),
+        residual=lib.pointer(finish.residual), residual_stride=N,
+        out=out.data_ptr(), out_stride=N, threads=lib.threads(),
+    )  # fmt: skip
+    start = lib.pointer(resident.start)
+    if library.linear_int8(arguments, resident.tensors[0].data_ptr(), start):
+        raise MemoryError("no memory for the int8 input of a linear layer")
+    return out
+
+
+def _quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows [M, K] to uint8 with zero point 128, flat and with slack, and their scale [M, 1]."""
+    M, K = x.shape
+    q = lib.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
     if scale is None:
-        scale = portable.scale_of(flat.abs().amax(1))
+        scale = portable.scale_of(x.abs().amax(1))
     scale = scale.reshape(M, 1)
-    q[: M * K].view(M, K).copy_(portable.quantize(flat, scale) + ZERO_POINT)
+    q[: M * K].view(M, K).copy_(portable.quantize(x, scale) + ZERO_POINT)
     return q, scale

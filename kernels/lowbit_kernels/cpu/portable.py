@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit_kernels.cpu import library as lib
 from lowbit_kernels.cpu.resident import ZERO_POINT, Resident
+from lowbit_kernels.formats import QuantizedWeight
 
 INT8_MAX = 127
 # the smallest normal fp32 number: silence gets a scale whose reciprocal is finite
@@ -19,6 +21,28 @@ EXACT_K = 1024
 def has_exact_onednn() -> bool:
     """Whether oneDNN's uint8 x int8 products are exact: without VNNI they saturate at 16 bits."""
     return bool(torch.cpu._is_vnni_supported()) and bool(torch._C._has_mkldnn)
+
+
+def check_deterministic(weight: QuantizedWeight, epilogue: str | None) -> None:
+    """Refuse a deterministic layer where PyTorch's rounding depends on what else is in the batch.
+
+    Its float products do, and its activations, whose last elements are computed one by one.
+    """
+    spec, compiled = weight.spec, lib.native() is not None
+    exact = spec.inputs is not None and epilogue in (None, "relu")
+    if exact or (lib.native_int8() is not None if _needs_int8(weight) else compiled):
+        return
+    remedy = "install a C++ compiler, or use inputs='int8' without a fused activation"
+    raise NotImplementedError(
+        f"deterministic=True with inputs={spec.inputs!r} and epilogue={epilogue!r} needs compiled "
+        f"CPU kernels, and this machine runs {lib.cpu_backend()}: "
+        f"{'use inputs=None' if compiled else remedy}"
+    )
+
+
+def _needs_int8(weight: QuantizedWeight) -> bool:
+    """Whether the compiled kernel of a weight needs the processor's int8 instructions."""
+    return weight.spec.inputs is not None and not weight.is_depthwise
 
 
 def scale_of(largest: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ INPUTS = (None, "int8")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # a row is read in whole words, the last one too
 SLACK_BYTES = 64
+# up to so many rows, weights are decoded in registers: FEW_ROWS of csrc/few_rows.h
+FEW_ROWS = 8
 # rows of weight that the PyTorch path unpacks at a time
 BLOCK_ROWS = 256
 
@@ -71,18 +73,29 @@ class Finish:
         return Finish(bias, self.epilogue, residual)
 
     def after_glu(self, y: Tensor) -> Tensor:
-        """The output [M, N / 2] of the pre-activation y [M, N]."""
+        """The output [M, N / 2] of the pre-activation y [M, N], contiguous."""
+        library = lib.native()
+        if library is not None:
+            M, width = y.shape[0], y.shape[1] // 2
+            out = lib.empty(M, width)
+            library.glu(
+                lib.pointer(y), M, width, lib.pointer(self.residual), lib.pointer(out),
+                lib.threads(),
+            )  # fmt: skip
+            return out
         y = F.glu(y)
         return y if self.residual is None else y.add_(self.residual)
 
 
-def check(x: Tensor, weight: QuantizedWeight) -> None:
+def check(x: Tensor, weight: QuantizedWeight, epilogue: str | None) -> None:
     """Refuse what no CPU kernel serves."""
     if weight.spec.inputs not in INPUTS:
         raise NotImplementedError(
             f"the CPU serves inputs {INPUTS}, got inputs={weight.spec.inputs!r}"
         )
     assert x.dtype in DTYPES, "op.py sends fp64 to the reference"
+    if weight.spec.deterministic:
+        portable.check_deterministic(weight, epilogue)
 
 
 def multiply(
@@ -128,6 +141,7 @@ def multiply_native(
     finish: Finish,
     out: Tensor,
     largest: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> None:
     """``multiply`` into out, by our kernels; ``finish`` is prepared and is no ``glu``.
 
@@ -138,7 +152,8 @@ def multiply_native(
         input_scale: as in ``multiply``.
         finish: as in ``multiply``.
         out: [M, G * N] fp32, contiguous.
-        largest: [] fp32, raised to the largest magnitude of out; NaN stays.
+        largest: [] fp32, raised to the largest magnitude of out - offset; NaN stays.
+        offset: [G * N] fp32. None: zero.
     """
     column_scale = weight.scale.float().contiguous() if weight.spec.symmetric else None
     shared = input_scale is None or input_scale.numel() == 1
@@ -151,7 +166,7 @@ def multiply_native(
         activation=ACTIVATIONS[finish.epilogue],
         bias=lib.pointer(finish.bias), residual=lib.pointer(finish.residual),
         residual_stride=weight.N, out=lib.pointer(out), out_stride=weight.N,
-        largest=lib.pointer(largest), threads=lib.threads(),
+        largest=lib.pointer(largest), offset=lib.pointer(offset), threads=lib.threads(),
     )  # fmt: skip
     if input_scale is None:
         _native_float(library, arguments, weight)
@@ -174,7 +189,9 @@ def _native_float(library: ctypes.CDLL, arguments: lib.Matmul, weight: Quantized
         scale_groups=0 if multiplier is None else multiplier.shape[1],
         multiplier=lib.pointer(multiplier), zero=lib.pointer(zero),
     )  # fmt: skip
-    if library.matmul_float(arguments, packed):
+    few = arguments.M <= FEW_ROWS and arguments.groups == 1 and not weight.spec.deterministic
+    run = library.matmul_few_rows if few else library.matmul_float
+    if run(arguments, packed):
         raise MemoryError("no memory for a block of unpacked weights")
 
 

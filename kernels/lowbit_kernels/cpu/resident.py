@@ -84,20 +84,23 @@ def resident_bytes(qweight: Tensor) -> int:
 
 
 def _parts(weight: QuantizedWeight) -> tuple[Tensor, ...]:
-    return tuple(t for t in (weight.qweight, weight.group_scale) if t is not None)
+    if weight.group_scale is None:
+        return (weight.qweight,)
+    return (weight.qweight, weight.group_scale)
 
 
 def _state(parts: tuple[Tensor, ...]) -> tuple[object, ...]:
-    return tuple(
-        (id(t), t.data_ptr(), tuple(t.shape), None if t.is_inference() else t._version)
-        for t in parts
-    )
+    return tuple([
+        (id(t), t.data_ptr(), t.shape, None if t.is_inference() else t._version) for t in parts
+    ])  # fmt: skip
 
 
 def _is_true(entry: _Entry, weight: QuantizedWeight, layout: str, groups: int) -> bool:
     parts = _parts(weight)
-    if (entry.resident.layout, entry.groups, entry.state) != (layout, groups, _state(parts)):
+    if entry.state != _state(parts) or entry.groups != groups or entry.resident.layout != layout:
         return False
+    if not entry.copies:
+        return True
     untracked = [t for t in parts if t.is_inference()]
     return all(torch.equal(a, b) for a, b in zip(entry.copies, untracked, strict=True))
 

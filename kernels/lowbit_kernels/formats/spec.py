@@ -24,6 +24,10 @@ class QuantSpec:
             or ``"int1"``: how the layer's input is quantized, signed and symmetric.
         input_scale: ``"token"`` (a scale a row; a convolution, whose taps cross rows, uses one an
             utterance), ``"utterance"``, or ``"static"`` (from calibration clips).
+        deterministic: the layer's result for an utterance has the same bits whatever else is in
+            the batch, for tiles and sums that do not follow its size; see ``quantize``.
+        input_offset: a convolution without padding quantizes its input's distance from a static
+            value a channel, its ``input_offset``; ``quantize`` decides where that helps.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -34,6 +38,8 @@ class QuantSpec:
     symmetric: bool = True
     inputs: str | None = None
     input_scale: str = "token"
+    deterministic: bool = False
+    input_offset: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS or isinstance(self.bits, bool):
@@ -47,6 +53,13 @@ class QuantSpec:
             raise ValueError(f"inputs must be one of {INPUTS}, got {self.inputs!r}")
         if self.input_scale not in INPUT_SCALES:
             raise ValueError(f"input_scale must be one of {INPUT_SCALES}, got {self.input_scale!r}")
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be True or False, got {self.deterministic!r}")
+        if self.input_offset not in (True, False) or (self.input_offset and self.inputs != "int8"):
+            raise ValueError(
+                "input_offset must be False, or True with inputs='int8', "
+                f"got {self.input_offset!r} with inputs={self.inputs!r}"
+            )
         if not self.symmetric and (self.bits not in (2, 4) or self.inputs is not None):
             raise ValueError(
                 "symmetric=False needs bits 2 or 4 and inputs=None, "
@@ -81,8 +94,8 @@ class QuantSpec:
     def __str__(self) -> str:
         size = f"g{self.group}" if self.group else (self.group_size or "channel")
         text = f"w{self.bits} {size}" + ("" if self.symmetric else " asymmetric")
-        if self.inputs is None:
-            return text
-        return f"{text}, {self.inputs} inputs" + (
-            "" if self.input_scale == "token" else f" ({self.input_scale})"
-        )
+        if self.inputs is not None:
+            text += f", {self.inputs} inputs"
+            text += "" if self.input_scale == "token" else f" ({self.input_scale})"
+            text += " around an offset" if self.input_offset else ""
+        return text + (", deterministic" if self.deterministic else "")

@@ -84,8 +84,9 @@ def linear_dx_triton(dz: Tensor, weight: QuantizedWeight) -> Tensor:
     dx = torch.empty(M, K, dtype=dz.dtype, device=dz.device)
     if M == 0:
         return dx
-    block_m = 32 if M <= 32 else 128
-    block_bytes = 64 if M <= 32 else 128
+    is_small = M <= 32 and not spec.deterministic
+    block_m = 32 if is_small else 128
+    block_bytes = 64 if is_small else 128
     row_bytes = weight.qweight.shape[1]
     tiles_k = triton.cdiv(row_bytes, block_bytes) * (8 // spec.bits)
     _linear_dx_kernel[(tiles_k * triton.cdiv(M, block_m),)](
@@ -94,6 +95,6 @@ def linear_dx_triton(dz: Tensor, weight: QuantizedWeight) -> Tensor:
         dz.stride(0), weight.qweight.stride(0),
         BITS=spec.bits, GROUP_SIZE=spec.group,
         BLOCK_M=block_m, BLOCK_N=64, BLOCK_BYTES=block_bytes,
-        num_warps=4 if M <= 32 else 8, num_stages=3,
+        num_warps=4 if is_small else 8, num_stages=3,
     )  # fmt: skip
     return dx

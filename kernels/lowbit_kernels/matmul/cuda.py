@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
+from lowbit_kernels.matmul.dispatch import choose_backend, choose_config, planned_rows
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
@@ -55,7 +55,8 @@ def linear_cuda(
     capability, num_sms, shared_bytes = _device(x.device.index)
     M = rows.shape[0] * rows.shape[1]
     spec = weight.spec
-    if choose_backend(M, spec.inputs, x.dtype, capability) == "dequant_cublas":
+    backend = choose_backend(M, spec.inputs, x.dtype, capability, spec.deterministic)
+    if backend == "dequant_cublas":
         y, z = linear_dequant_cublas(
             rows, weight, bias, _matrix(residual), epilogue, want_preactivation=want_preactivation
         )
@@ -66,13 +67,16 @@ def linear_cuda(
                 x_scale = input_scale_rows(x, spec.input_scale, weight.input_scale)
             rows, x_scale = quantize_rows_triton(rows, x_scale)
         config = choose_config(
-            max(M, 1), weight.N, weight.K, spec.bits, rows.itemsize, num_sms, shared_bytes
-        )
+            planned_rows(M, spec.deterministic), weight.N, weight.K, spec.bits, rows.itemsize,
+            num_sms, shared_bytes,
+        )  # fmt: skip
         y, z = linear_triton(
             rows, weight, bias, _matrix(residual), epilogue, config,
             x_scale=x_scale, dtype=x.dtype, want_preactivation=want_preactivation,
         )  # fmt: skip
-    return y.view(*batch, y.shape[-1]), None if z is None else z.view(*batch, weight.N)
+    # views would refuse to be written into by whoever gets them
+    y = torch.ops.aten._unsafe_view(y, (*batch, y.shape[-1]))
+    return y, None if z is None else torch.ops.aten._unsafe_view(z, (*batch, weight.N))
 
 
 def linear_dequant_cublas(
@@ -105,7 +109,8 @@ def linear_backward_cuda(
     assert dy is not None
     dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias_grad)
     capability, *_ = _device(grad_y.device.index)
-    if choose_backend(dz.shape[0], None, dz.dtype, capability) == "dequant_cublas":
+    fixed = weight.spec.deterministic
+    if choose_backend(dz.shape[0], None, dz.dtype, capability, fixed) == "dequant_cublas":
         dx = dz @ dequantize_triton(weight, dz.dtype)
     else:
         dx = linear_dx_triton(dz, weight)

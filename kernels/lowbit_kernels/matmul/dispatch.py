@@ -14,6 +14,12 @@ BACKENDS = ("fused", "dequant_cublas")
 # less than that when thousands of rows share it
 DEQUANTIZE_FROM_M = 4096
 
+# rows that a deterministic layer takes its tiles for, however many it gets: of a linear layer about
+# ten seconds of an encoder's frames; of a front end's convolution so many that no sum is split,
+# since a split sum's memory grows with the frames
+DETERMINISTIC_ROWS = 512
+DETERMINISTIC_FRAMES = 4096
+
 
 @dataclass(frozen=True)
 class LinearConfig:
@@ -37,7 +43,11 @@ class LinearConfig:
 
 
 def choose_backend(
-    M: int, inputs: str | None, dtype: torch.dtype, capability: tuple[int, int]
+    M: int,
+    inputs: str | None,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    deterministic: bool = False,
 ) -> str:
     """The backend that serves a linear layer on CUDA.
 
@@ -46,19 +56,29 @@ def choose_backend(
         inputs: how the input is quantized, ``QuantSpec.inputs``.
         dtype: of the input.
         capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
+        deterministic: ``QuantSpec.deterministic``; the answer does not depend on M.
 
     Returns:
         ``"fused"``: the weight is unpacked in registers; ``"dequant_cublas"``: the weight is
         dequantized to memory, multiplied by cuBLAS, and one pass applies the rest.
 
     Raises:
-        NotImplementedError: on a GPU older than the kernels serve.
+        NotImplementedError: on a GPU older than the kernels serve; for a deterministic product of
+            fp32, which is cuBLAS's.
     """
     if capability < (8, 0):
         raise NotImplementedError(
             f"low-bit kernels serve GPUs of capability 8.0 (A100) and later, got {capability}"
         )
     if inputs is not None:
+        return "fused"
+    if deterministic:
+        if dtype == torch.float32:
+            raise NotImplementedError(
+                "deterministic=True serves fp16 and bf16 on CUDA, and fp32 with inputs='int8' and "
+                "without gradients, got float32 (cuBLAS multiplies it, in an order that depends on "
+                "the batch): call model.half(), or quantize with inputs='int8'"
+            )
         return "fused"
     # the matrix units take fp32 as TF32 or not at all: that is torch's setting, so torch's product
     if dtype == torch.float32 or M >= DEQUANTIZE_FROM_M:
@@ -74,6 +94,11 @@ _TILES = (
     (512, LinearConfig(block_n=128, block_m=64, num_stages=4)),
 )
 _LARGEST = LinearConfig(block_n=128, block_m=128, num_warps=8, num_stages=3)
+
+
+def planned_rows(M: int, deterministic: bool, typical: int = DETERMINISTIC_ROWS) -> int:
+    """The rows to choose tiles for: M, or the typical number where bits must not depend on M."""
+    return typical if deterministic else max(M, 1)
 
 
 def choose_config(

@@ -42,10 +42,11 @@ def _linear_kernel(
     index = tl.arange(0, BLOCK_N)
     if IS_GLU:
         # value and gate alternate every 8 rows: the matrix unit gives both to one thread
-        offs_n = tl.minimum(start_n + index // 16 * 8 + index % 8, N_out - 1)
-        offs_n += index // 8 % 2 * N_out
+        index_n = start_n + index // 16 * 8 + index % 8
+        offs_n = tl.minimum(index_n, N_out - 1) + index // 8 % 2 * N_out
     else:
-        offs_n = tl.minimum(start_n + index, N - 1)
+        index_n = start_n + index
+        offs_n = tl.minimum(index_n, N - 1)
     offs_j = tl.arange(0, BLOCK_BYTES)
     x_rows = x_ptr + rows // T * stride_xb + rows % T * stride_xt
     q_ptrs = qweight_ptr + offs_n.to(tl.int64)[:, None] * stride_qn + offs_j[None, :]
@@ -84,10 +85,11 @@ def _linear_kernel(
                     w = w * tl.load(group_scale_ptr + group).to(DTYPE)[:, None]
             acc = tl.dot(w, x, acc, out_dtype=SUM)
 
+    mask_m = (offs_m < M)[None, :]
+    mask_n = (index_n < N_out)[:, None]
     if IS_SPLIT:
         part = y_ptr + tl.program_id(1).to(tl.int64) * M * N
-        mask = (offs_m < M)[None, :] & (offs_n < N)[:, None]
-        tl.store(part + offs_m[None, :] * N + offs_n[:, None], acc, mask=mask)
+        tl.store(part + offs_m[None, :] * N + offs_n[:, None], acc, mask=mask_m & mask_n)
     else:
         z = acc.to(tl.float32)
         if zero_point_ptr is None:
@@ -97,12 +99,11 @@ def _linear_kernel(
             z *= scale
         if bias_ptr is not None:
             z += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-        mask_m = (offs_m < M)[None, :]
         if z_ptr is not None:
             tl.store(
                 z_ptr + rows[None, :] * N + offs_n[:, None],
                 z.to(z_ptr.dtype.element_ty),
-                mask=mask_m,
+                mask=mask_m & mask_n,
             )
         if IS_GLU:
             pairs = z.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)

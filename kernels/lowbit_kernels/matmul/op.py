@@ -30,7 +30,7 @@ MAX_K_INT8 = (2**31 - 1) // (127 * 128)
 
 _PACKED = (
     "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point, Tensor? input_scale, "
-    "int K, int bits, int group_size, str? inputs, str input_scale_kind"
+    "int K, int bits, int group_size, str? inputs, str input_scale_kind, bool deterministic"
 )
 _INPUTS = "Tensor x, Tensor? bias, Tensor? residual, str? epilogue, "
 
@@ -50,15 +50,20 @@ def _flatten(weight: QuantizedWeight) -> tuple[Any, ...]:
     spec = weight.spec
     return (
         weight.qweight, weight.scale, weight.group_scale, weight.zero_point, weight.input_scale,
-        weight.K, spec.bits, spec.group, spec.inputs, spec.input_scale,
+        weight.K, spec.bits, spec.group, spec.inputs, spec.input_scale, spec.deterministic,
     )  # fmt: skip
 
 
 @functools.cache
 def _spec(
-    bits: int, group_size: int, symmetric: bool, inputs: str | None, input_scale_kind: str
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    inputs: str | None,
+    input_scale_kind: str,
+    deterministic: bool,
 ) -> QuantSpec:
-    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale_kind)
+    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale_kind, deterministic)
 
 
 def _unflatten(
@@ -72,8 +77,9 @@ def _unflatten(
     group_size: int,
     inputs: str | None,
     input_scale_kind: str,
+    deterministic: bool,
 ) -> QuantizedWeight:
-    spec = _spec(bits, group_size, zero_point is None, inputs, input_scale_kind)
+    spec = _spec(bits, group_size, zero_point is None, inputs, input_scale_kind, deterministic)
     return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
 
 
@@ -147,6 +153,9 @@ def _cpu_train(
 ) -> tuple[Tensor, Tensor]:
     weight = _unflatten(*packed)
     z = _cpu_forward(x, weight, bias, None, None).view(*x.shape[:-1], weight.N)
+    if weight.spec.deterministic:  # the bits of inference, whose activation is the kernel's
+        y = _cpu_forward(x, weight, bias, residual, epilogue)
+        return y.view(*x.shape[:-1], y.shape[-1]), z
     # without an epilogue the two outputs would be one tensor, which an op must not return
     y = z.clone() if epilogue is None else apply_epilogue(z, epilogue)
     return y if residual is None else y + residual, z
@@ -222,7 +231,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-    frozen = (None,) * 11
+    frozen = (None,) * 12
     if grad_y is None:
         return (None, None, None, *frozen)
     needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]

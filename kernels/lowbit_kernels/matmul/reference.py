@@ -81,8 +81,14 @@ def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tenso
         largest = x.abs().amax(tuple(range(1 if x.dim() >= 3 else 0, x.dim())), keepdim=True)[
             ..., 0
         ]
-    scale = (largest.float() / INT8_MAX).clamp_min(MIN_INPUT_SCALE)
-    return scale.expand(rows).flatten().contiguous()
+    return int8_scale(largest).expand(rows).flatten().contiguous()
+
+
+def int8_scale(largest: Tensor) -> Tensor:
+    """The fp32 scale of int8 values up to the magnitude ``largest``: the same on every device."""
+    # CUDA divides by a number through its reciprocal, an ulp off, and by a tensor correctly
+    divisor = torch.full_like(largest, INT8_MAX, dtype=torch.float32)
+    return (largest.float() / divisor).clamp_min(MIN_INPUT_SCALE)
 
 
 def quantize_rows(x: Tensor, scale_rows: Tensor) -> Tensor:

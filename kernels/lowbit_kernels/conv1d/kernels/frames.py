@@ -105,7 +105,7 @@ def quantize_frames_triton(
     left, T_padded = _padding(x, geometry, pad)
     part = None
     if static_scale is None:
-        parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(T, BLOCK_T)))
+        parts = min(MAX_PARTS, triton.next_power_of_2(max(1, triton.cdiv(T, BLOCK_T))))
         part = torch.empty(B, parts, device=device)
         if B:
             _largest_magnitude_kernel[(B, parts)](
@@ -136,10 +136,11 @@ def _launch_copy(
     left: int,
 ) -> None:
     B, T_padded, C = out.shape
-    if out.numel() == 0:
+    if B == 0:
         return
     assert x.stride(2) == 1 or x.shape[2] == 1, "the caller passes channel-last tensors"
-    tiles_t = triton.cdiv(T_padded, BLOCK_T)
+    # one tile at least: an utterance without frames has a scale too
+    tiles_t = max(1, triton.cdiv(T_padded, BLOCK_T))
     _copy_frames_kernel[(B * tiles_t, triton.cdiv(C, BLOCK_C))](
         x, part, static_scale, lengths, out, scale,
         x.shape[1], T_padded, C, left, tiles_t, x.stride(0), x.stride(1),
