@@ -77,8 +77,12 @@ def test_float_layers_are_as_accurate_as_pytorch(
 
 @pytest.mark.parametrize("kind", ["group", "layer", "none"])
 @pytest.mark.parametrize("static", [False, True])
-def test_int8_layers_equal_the_single_layers(path: str, kind: str, static: bool):
+@pytest.mark.parametrize("offset", [False, True])
+def test_int8_layers_equal_the_single_layers(path: str, kind: str, static: bool, offset: bool):
     waveform, layers = torch.randn(1, 701), make_layers(kind, "int8")
+    if offset:
+        for number, layer in enumerate(layers[1:], 1):
+            layers[number] = replace(layer, input_offset=torch.randn(SHAPE[number - 1][0]))
     if static:
         for number, layer in enumerate(layers[1:], 1):
             assert isinstance(layer.weight, QuantizedWeight)
@@ -87,6 +91,7 @@ def test_int8_layers_equal_the_single_layers(path: str, kind: str, static: bool)
     h = front_end_cpu(waveform, layers[:1])
     for layer in layers[1:]:
         assert isinstance(layer.weight, QuantizedWeight)
+        h = h if layer.input_offset is None else h - layer.input_offset
         if layer.norm is None:
             h = conv1d_cpu(h, layer.weight, layer.bias, None, "gelu", stride=layer.stride)
         else:

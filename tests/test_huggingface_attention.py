@@ -40,8 +40,9 @@ def test_attention_matches_eager(name: str) -> None:
 
 
 def _padding_is_defined(family: Family) -> bool:
-    """Conformers mix frames of padding into the others, and eager Parakeet makes NaN of them."""
-    return family.padding_is_exact and family.name not in ("parakeet", "whisper")
+    """Not in float: padding enters convolutions, and eager Parakeet makes NaN of it."""
+    sees_padding = family.name.startswith("conformer") or family.name.endswith("adapter")
+    return not sees_padding and family.name not in ("parakeet", "whisper")
 
 
 def _valid(family: Family, output: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def _valid(family: Family, output: Tensor) -> Tensor:
     return torch.cat([output[0], output[1, :short]])
 
 
-@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "wav2vec2-bert", "parakeet"])
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.name not in ("wavlm", "whisper")])
 def test_attention_ignores_padding(name: str) -> None:
     family = BY_NAME[name]
     model = family.build()

@@ -22,11 +22,13 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowbit_kernels.conversion import adapt, exposed, finish
+from lowbit_kernels.conversion.layer_names import alike, fold_name, join_names, name_width
 from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
 from lowbit_kernels.integrations import rebuild
 from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
@@ -64,15 +66,22 @@ class CheckpointInfo:
         return asdict(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        title = (
+        yield Text(
             f"{self.model}, {len(self.layers)} low-bit layers, {self.nbytes / 1e6:.2f} MB, "
-            f"format {self.format_version}"
+            f"format {self.format_version}",
+            style="bold",
         )
-        table = Table(title=title, title_justify="left", title_style="bold", box=None)
-        for column in ("layer", "kind", "spec"):
-            table.add_column(column, overflow="fold")
-        for name, layer in self.layers.items():
-            table.add_row(name, layer["kind"], str(QuantSpec(**layer["spec"])))
+        yield ""
+        rows = [(n, e["kind"], str(QuantSpec(**e["spec"]))) for n, e in self.layers.items()]
+        width = name_width(options.max_width, [spec for _, _, spec in rows], others=20)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("layers", overflow="fold")
+        table.add_column("", justify="right", style="dim", no_wrap=True)
+        table.add_column("kind")
+        table.add_column("spec")
+        for layers in alike(rows, lambda row: row[0], lambda row: row[1:]):
+            names = fold_name(join_names([name for name, _, _ in layers]), width)
+            table.add_row(names, f"{len(layers)}x", *layers[0][1:])
         yield table
 
 

@@ -34,6 +34,10 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.utils import import_utils
+
+# until 5.15, transformers logs while its forward is traced, which Dynamo refuses unless told to
+torch._dynamo.config.ignore_logging_functions.add(import_utils.logger.debug)
 
 VOCABULARY = 24
 LAYERS = 2
@@ -41,7 +45,7 @@ LAYERS = 2
 SAMPLES, SHORT_SAMPLES = 2000, 1390
 MEL_FRAMES, SHORT_MEL_FRAMES = 64, 40
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "num_hidden_layers": LAYERS,
@@ -55,7 +59,7 @@ _COMMON = {
     "ctc_loss_reduction": "mean",
     "ctc_zero_infinity": True,
 }
-_WAVEFORM = _COMMON | {
+WAVEFORM = COMMON | {
     "conv_dim": (32, 48, 48),
     "conv_kernel": (10, 3, 2),
     "conv_stride": (5, 4, 2),
@@ -74,16 +78,12 @@ class Family:
         build_float: makes the model; two calls under one seed make the same one.
         lora_targets: layers that LoRA trains.
         input_name: of the first argument.
-        padding_is_exact: whether a padded batch gives what single utterances give.
-        graphs: that the float model needs for three lengths.
     """
 
     name: str
     build_float: Callable[[], PreTrainedModel]
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     input_name: str = "input_values"
-    padding_is_exact: bool = True
-    graphs: int = 1
 
     @property
     def is_ctc(self) -> bool:
@@ -113,8 +113,8 @@ class Family:
         batch = self.inputs() | {self.input_name: torch.randn_like(self.inputs()[self.input_name])}
         return {name: value for name, value in batch.items() if name != "attention_mask"}
 
-    def inputs(self) -> dict[str, Tensor]:
-        """A padded batch of two utterances."""
+    def inputs(self, cut: int = 0) -> dict[str, Tensor]:
+        """A padded batch of two utterances, the second ``cut`` samples or mel frames shorter."""
         torch.manual_seed(2)
         if self.input_name == "input_values":
             full, short, shape = SAMPLES, SHORT_SAMPLES, (2, SAMPLES)
@@ -124,6 +124,7 @@ class Family:
             full, short = MEL_FRAMES, SHORT_MEL_FRAMES
             shape = (2, F, full) if "whisper" in self.name else (2, full, F)
         x = torch.randn(shape)
+        short -= cut
         if (
             "whisper" in self.name
         ):  # always 30 s, silence included; the decoder starts with one token
@@ -133,9 +134,9 @@ class Family:
         mask[1, short:] = 0
         return {self.input_name: x, "attention_mask": mask}
 
-    def single_inputs(self) -> list[dict[str, Tensor]]:
+    def single_inputs(self, cut: int = 0) -> list[dict[str, Tensor]]:
         """The utterances of ``inputs``, each alone."""
-        batch = self.inputs()
+        batch = self.inputs(cut)
         lengths = batch["attention_mask"].sum(1).tolist()
         return [
             {name: value[i : i + 1, :length] for name, value in batch.items()}
@@ -147,14 +148,8 @@ class Family:
         return torch.tensor([[3, 5, 7, 4], [6, 8, 3, 9]])
 
 
-def _of(config: type, model: type, base: dict[str, Any], **options: Any) -> Callable[[], Any]:
+def of(config: type, model: type, base: dict[str, Any], **options: Any) -> Callable[[], Any]:
     return lambda: model(config(**base | options))
-
-
-def _wav2vec2_bert() -> PreTrainedModel:
-    return Wav2Vec2BertForCTC(
-        Wav2Vec2BertConfig(**_COMMON, feature_projection_input_dim=32, conv_depthwise_kernel_size=5)
-    )
 
 
 def _parakeet() -> PreTrainedModel:
@@ -209,38 +204,39 @@ def _whisper() -> PreTrainedModel:
     )
 
 
+BERT = COMMON | {"feature_projection_input_dim": 32, "conv_depthwise_kernel_size": 5}
 _LAYER_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-_CONFORMER = {"lora_targets": ("linear_q", "linear_v"), "padding_is_exact": False}
+_CONFORMER = {"lora_targets": ("linear_q", "linear_v")}
+ADAPTER = {"add_adapter": True, "num_adapter_layers": 2, "output_hidden_size": 40}
 
 FAMILIES = [
-    Family("wav2vec2-group", _of(Wav2Vec2Config, Wav2Vec2ForCTC, _WAVEFORM)),
-    Family("wav2vec2-layer", _of(Wav2Vec2Config, Wav2Vec2ForCTC, _WAVEFORM, **_LAYER_NORM)),
-    Family("hubert", _of(HubertConfig, HubertForCTC, _WAVEFORM)),
+    Family("wav2vec2-group", of(Wav2Vec2Config, Wav2Vec2ForCTC, WAVEFORM)),
+    Family("wav2vec2-layer", of(Wav2Vec2Config, Wav2Vec2ForCTC, WAVEFORM, **_LAYER_NORM)),
+    Family("hubert", of(HubertConfig, HubertForCTC, WAVEFORM)),
     Family(
         "hubert-batch-norm",
-        _of(HubertConfig, HubertForCTC, _WAVEFORM, conv_pos_batch_norm=True),
+        of(HubertConfig, HubertForCTC, WAVEFORM, conv_pos_batch_norm=True),
     ),
     Family(
         "data2vec",
-        _of(
+        of(
             Data2VecAudioConfig,
             Data2VecAudioForCTC,
-            _WAVEFORM,
+            WAVEFORM,
             num_conv_pos_embeddings=2,
             conv_pos_kernel_size=7,
         ),
     ),
-    Family("wavlm", _of(WavLMConfig, WavLMForCTC, _WAVEFORM, num_buckets=16)),
-    Family("unispeech", _of(UniSpeechConfig, UniSpeechForCTC, _WAVEFORM)),
-    Family("unispeech-sat", _of(UniSpeechSatConfig, UniSpeechSatForCTC, _WAVEFORM)),
-    # its pooling of the mask reads the length
-    Family("sew", _of(SEWConfig, SEWForCTC, _WAVEFORM), graphs=3),
+    Family("wavlm", of(WavLMConfig, WavLMForCTC, WAVEFORM, num_buckets=16)),
+    Family("unispeech", of(UniSpeechConfig, UniSpeechForCTC, WAVEFORM)),
+    Family("unispeech-sat", of(UniSpeechSatConfig, UniSpeechSatForCTC, WAVEFORM)),
+    Family("sew", of(SEWConfig, SEWForCTC, WAVEFORM)),
     Family(
         "conformer-relative",
-        _of(
+        of(
             Wav2Vec2ConformerConfig,
             Wav2Vec2ConformerForCTC,
-            _WAVEFORM,
+            WAVEFORM,
             position_embeddings_type="relative",
             conv_depthwise_kernel_size=5,
         ),
@@ -248,10 +244,10 @@ FAMILIES = [
     ),
     Family(
         "conformer-rotary",
-        _of(
+        of(
             Wav2Vec2ConformerConfig,
             Wav2Vec2ConformerForCTC,
-            _WAVEFORM,
+            WAVEFORM,
             position_embeddings_type="rotary",
             conv_depthwise_kernel_size=5,
         ),
@@ -259,14 +255,16 @@ FAMILIES = [
     ),
     Family(
         "wav2vec2-bert",
-        _wav2vec2_bert,
+        of(Wav2Vec2BertConfig, Wav2Vec2BertForCTC, BERT),
         lora_targets=("linear_q", "linear_v"),
         input_name="input_features",
-        # the frames of padding enter its convolutions, whose int8 scale is one an utterance
     ),
+    Family("parakeet", _parakeet, input_name="input_features"),
+    Family("wav2vec2-adapter", of(Wav2Vec2Config, Wav2Vec2ForCTC, WAVEFORM | ADAPTER)),
     Family(
-        "parakeet",
-        _parakeet,
+        "wav2vec2-bert-adapter",
+        of(Wav2Vec2BertConfig, Wav2Vec2BertForCTC, BERT | ADAPTER),
+        lora_targets=("linear_q", "linear_v"),
         input_name="input_features",
     ),
     Family("whisper", _whisper, input_name="input_features"),

@@ -59,21 +59,6 @@ def test_output_error_is_what_the_bits_imply(family: Family, config: QuantConfig
     assert planted > allowed, "a planted bug must be seen"
 
 
-def test_padded_batch_equals_single_utterances(family: Family) -> None:
-    if not family.padding_is_exact or not family.is_ctc:
-        pytest.skip("the model itself lets padding into its frames")
-    for config in (QuantConfig.small(), QuantConfig.fast()):
-        model = quantized(family, config)
-        padded = family.inputs()
-        if family.input_name == "input_values":  # what the padding holds must not matter
-            padded["input_values"] += 20 * torch.randn(2, 2000) * (1 - padded["attention_mask"])
-        batch = logits(model, padded)
-        for i, inputs in enumerate(family.single_inputs()):
-            alone = logits(model, inputs)[0]
-            difference = (batch[i, : len(alone)] - alone).abs().max()
-            assert difference <= 1e-5 * max(1.0, alone.abs().max())
-
-
 def test_hidden_states(family: Family) -> None:
     model, inputs = family.build(), family.inputs()
     names = ["hidden_states"] if family.is_ctc else ["encoder_hidden_states"]
@@ -150,7 +135,7 @@ def test_one_graph_for_three_lengths(family: Family) -> None:
     batches = [_cut(family, inputs, cut) for cut in (0, 8, 16)]
     with torch.no_grad():
         outputs = [compiled(**batch).logits for batch in batches]
-    assert counter.frame_count == family.graphs
+    assert counter.frame_count == 1
     for output, batch in zip(outputs, batches, strict=True):
         assert torch.equal(output, logits(model, batch))
     torch._dynamo.reset()

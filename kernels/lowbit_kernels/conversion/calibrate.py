@@ -10,15 +10,21 @@ INT8_MAX = 127
 
 
 def observe_input_scales(
-    model: nn.Module, layers: Mapping[str, nn.Module], clips: Iterable[Any]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    clips: Iterable[Any],
+    offsets: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Run the float model on clips and return one int8 scale [] fp32 a layer: max |input| / 127.
+    """Run the float model on clips and return one int8 scale [] fp32 a layer.
+
+    It is max |input| / 127; where the layer has an input offset, max |input - offset| / 127.
 
     Args:
         model: the float model; left in the mode it was in.
         layers: the layers to watch, by name.
         clips: each a tensor (the model's first argument; a 1-D waveform becomes a batch of one) or
             a mapping of keyword arguments.
+        offsets: input offsets [C] of convolutions, by name.
 
     Returns:
         Scales of the layers that were called; a model may hold others.
@@ -31,7 +37,9 @@ def observe_input_scales(
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            amax = args[0].detach().abs().amax().float().cpu()
+            x = args[0].detach()
+            x = x - offsets[name][:, None].to(x.dtype) if name in offsets else x
+            amax = x.abs().amax().float().cpu()
             largest[name] = torch.maximum(largest.get(name, amax), amax)
 
         return hook

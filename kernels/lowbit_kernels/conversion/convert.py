@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lowbit_kernels.conversion.calibrate import observe_input_scales
 from lowbit_kernels.conversion.expose import exposed
 from lowbit_kernels.conversion.plan import Decision, make_plan
-from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, finish
+from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, OFFSETS, finish
 from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
 from lowbit_kernels.formats import METHODS, QuantConfig, QuantSpec
-from lowbit_kernels.modules import QConv1d, QLinear, folded_weight
+from lowbit_kernels.modules import QConv1d, QLinear, folded_weight, takes_offset
 
 # a row this far below its layer was made coarse by one huge group
 _COARSE_ROW_DB = 6.0
@@ -28,6 +28,7 @@ def quantize(
     *,
     calibration: Iterable[Any] | None = None,
     method: str = "rtn",
+    deterministic: bool = False,
     dry_run: bool = False,
 ) -> QuantizationReport:
     """Replace a model's linear layers and convolutions by low-bit ones, in place.
@@ -39,6 +40,13 @@ def quantize(
         calibration: clips, each the model's first argument (a 1-D waveform becomes a batch of one)
             or a mapping of keyword arguments. Given, the int8 inputs get static scales.
         method: ``"rtn"``, ``"search"`` or ``"hqq"``, see ``formats.quantize_weight``.
+        deterministic: give every layer a ``deterministic`` spec: inference on one machine gives an
+            utterance the same bits whatever else is in the batch. The promise covers the quantized
+            layers; ``attn_implementation="lowbit"`` keeps it, with lengths too. PyTorch's own
+            operators may break it: SDPA and eager attention in a padded batch, convolutions and
+            matrix products of layers left in float (on a CPU, a head's for an utterance of fewer
+            than 8 frames), activation functions on a CPU if they are not fused into a layer. Of a
+            linear layer with ``input_scale="utterance"`` padding is part of the utterance.
         dry_run: only report.
 
     Returns:
@@ -50,6 +58,8 @@ def quantize(
         NotImplementedError: for input kinds that this version does not compute with.
     """
     config = _as_config(config)
+    if deterministic:
+        config = _deterministic(config)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     with exposed(model):
@@ -64,15 +74,21 @@ def _quantize(
     dry_run: bool,
 ) -> QuantizationReport:
     plan = [_with_calibration(d, calibration is not None) for d in make_plan(model, config)]
+    offsets = _find_offsets(model, plan)
+    plan = [_with_offset(d, offsets) for d in plan]
     chosen = [decision for decision in plan if decision.spec is not None]
     _check_devices(chosen)
     before = _bytes(model)
     # every new layer is made before the first old one goes, so an error leaves the model as it was
     layers = {d.name: _quantized_layer(d, method) for d in _progress(chosen)}
+    for name, offset in offsets.items():
+        layer = layers[name]
+        assert isinstance(layer, QConv1d), "only convolutions take offsets"
+        layer.set_input_offset(offset)
     if static := {d.name: d.module for d in chosen if d.spec and d.spec.input_scale == "static"}:
         if calibration is None:
             raise ValueError("calibration must be given for input_scale='static', got None")
-        scales = observe_input_scales(model, static, calibration)
+        scales = observe_input_scales(model, static, calibration, offsets)
         for name, scale in scales.items():
             layers[name].input_scale = scale.to(layers[name].qweight.device)
         unused = static.keys() - scales.keys()
@@ -120,11 +136,40 @@ def _as_config(config: QuantConfig | QuantSpec | None) -> QuantConfig:
     return config
 
 
+def _deterministic(config: QuantConfig) -> QuantConfig:
+    def fixed(spec: QuantSpec) -> QuantSpec:
+        return dataclasses.replace(spec, deterministic=True)
+
+    overrides = {name: spec and fixed(spec) for name, spec in config.overrides.items()}
+    return dataclasses.replace(config, default=fixed(config.default), overrides=overrides)
+
+
 def _with_calibration(decision: Decision, calibrated: bool) -> Decision:
     spec = decision.spec
     if not calibrated or spec is None or spec.inputs is None:
         return decision
     return dataclasses.replace(decision, spec=dataclasses.replace(spec, input_scale="static"))
+
+
+def _find_offsets(model: nn.Module, plan: list[Decision]) -> dict[str, Tensor]:
+    """The input offsets of the convolutions that get int8 inputs and can take one."""
+    able = {d.name for d in plan if d.spec and d.spec.inputs == "int8" and _takes_offset(d.module)}
+    found: dict[str, Tensor] = {}
+    for find in OFFSETS if able else ():
+        found |= find(model)
+    return {name: offset for name, offset in found.items() if name in able}
+
+
+def _takes_offset(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and takes_offset(module)
+
+
+def _with_offset(decision: Decision, offsets: Mapping[str, Tensor]) -> Decision:
+    spec = decision.spec
+    if spec is None or spec.input_offset == (decision.name in offsets):
+        return decision
+    spec = dataclasses.replace(spec, input_offset=decision.name in offsets)
+    return dataclasses.replace(decision, spec=spec)
 
 
 def _leave_unused(decision: Decision) -> Decision:

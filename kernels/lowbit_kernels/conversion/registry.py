@@ -7,7 +7,7 @@ An *adapter* makes a module that reads its layers' weights directly call the lay
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit_kernels.formats import QuantConfig
 
@@ -32,6 +32,8 @@ ADAPTERS: list[Adapter] = []
 # adapters that must act before a plan is made: they turn raw weights into layers, or make a module
 # call the layers that calibration watches
 EXPOSERS: list[Adapter] = []
+# each finds input offsets [C] of a float model's convolutions, by name (``QuantSpec.input_offset``)
+OFFSETS: list[Callable[[nn.Module], dict[str, Tensor]]] = []
 FINISHERS: list[Callable[[nn.Module, QuantConfig | None], None]] = []
 
 

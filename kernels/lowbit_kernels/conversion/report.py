@@ -1,12 +1,20 @@
 """QuantizationReport: what became of every layer, as a table and as JSON."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+from lowbit_kernels.conversion.layer_names import alike, fold_name, join_names, name_width
+
+# of what is not printed on a terminal
+_WIDTH = 110
+_RULES = {"skip": "on the skip list", "override": "by an override"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What ``quantize`` did, or with ``dry_run`` would do. Prints as a table.
+    """What ``quantize`` did, or with ``dry_run`` would do.
+
+    Prints as a table in which layers that repeat share a line; ``to_dict`` has each of them.
 
     Args:
         layers: every linear layer and convolution of the model.
@@ -86,35 +96,58 @@ class QuantizationReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.summary, style="bold")
-        table = Table(box=None, header_style="dim")
-        table.add_column("layer", overflow="fold")
-        table.add_column("kind", style="dim")
-        table.add_column("becomes")
-        table.add_column("SQNR", justify="right")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
-        for layer in self.layers:
-            left = Text(f"left: {layer.reason}", style="yellow")
-            becomes = left if layer.spec is None else Text(layer.spec)
-            if layer.note:
-                becomes.append(f"\n{layer.note}", style="red")
-            table.add_row(
-                layer.name,
-                layer.kind,
-                becomes,
-                "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f} dB",
-                _megabytes(layer.bytes_before),
-                _megabytes(layer.bytes_after),
-            )
+        yield ""
+        longest = [layer.spec for layer in self.quantized if layer.spec]
+        width = name_width(options.max_width, longest, others=31)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("layers", overflow="fold")
+        table.add_column("", justify="right", style="dim", no_wrap=True)
+        table.add_column("become")
+        table.add_column("least\nSQNR", justify="right", no_wrap=True)
+        table.add_column("MB", justify="right", no_wrap=True)
+        for layers in alike(self.layers, lambda layer: layer.name, _what_became):
+            names = fold_name(join_names([layer.name for layer in layers]), width)
+            table.add_row(names, f"{len(layers)}x", *_cells(layers))
         yield table
+        for layer in self.layers:
+            if layer.note:
+                yield Text(f"{layer.name}: {layer.note}", style="red")
         for note in self.notes:
             yield Text(f"note: {note}", style="yellow")
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True, file=None)
+        columns = shutil.get_terminal_size((_WIDTH, 0)).columns
+        console = Console(width=columns, no_color=True, file=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _what_became(layer: LayerReport) -> tuple[str | None, ...]:
+    return layer.kind, layer.spec, layer.reason
+
+
+def _cells(layers: Sequence[LayerReport]) -> tuple[str | Text, ...]:
+    """What layers that are alike became, their least SQNR, and their megabytes."""
+    spec, reason = layers[0].spec, layers[0].reason
+    before = sum(layer.bytes_before for layer in layers) / 1e6
+    if spec is None:
+        return Text(f"left: {_in_few_words(reason)}", style="yellow"), "", _number(before)
+    after = sum(layer.bytes_after for layer in layers) / 1e6
+    least = min(layer.sqnr_db for layer in layers if layer.sqnr_db is not None)
+    return spec, f"{least:.1f} dB", f"{_number(before)} > {_number(after)}"
+
+
+def _in_few_words(reason: str) -> str:
+    """A reason without the pattern, or the argument, behind it, which the JSON has."""
+    rule, quote, _ = reason.partition(" '")
+    if quote and rule in _RULES:
+        return _RULES[rule]
+    return reason.partition(":")[0]
+
+
+def _number(megabytes: float) -> str:
+    return f"{megabytes:.2f}" if megabytes >= 0.01 else f"{megabytes:.4f}"
 
 
 def _megabytes(count: int) -> str:

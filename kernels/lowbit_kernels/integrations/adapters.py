@@ -10,7 +10,10 @@ from lowbit_kernels.formats import QuantConfig
 from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
 from lowbit_kernels.integrations.conformer import (
     UncachedRotaryEmbedding,
+    mask_conformer_layer,
+    matches_conformer_layer,
     matches_rotary_embedding,
+    restore_conformer_layer,
 )
 from lowbit_kernels.integrations.front_end import (
     mask_front_end,
@@ -33,6 +36,25 @@ from lowbit_kernels.integrations.positional import (
     matches_encoder,
     restore_positions,
 )
+from lowbit_kernels.integrations.sew import (
+    MaskedSEWDEncoder,
+    MaskedSEWEncoder,
+    PooledFrameMask,
+    matches_sew_encoder,
+    matches_sew_head,
+    matches_sewd_encoder,
+)
+from lowbit_kernels.integrations.silence import silence_offsets
+from lowbit_kernels.integrations.subsampling import (
+    MaskedSubsampling,
+    mask_adapter,
+    mask_attention_adapter,
+    matches_adapter,
+    matches_attention_adapter,
+    matches_subsampling,
+    restore_adapter,
+    restore_attention_adapter,
+)
 from lowbit_kernels.integrations.torchaudio import (
     FusedWavLMSelfAttention,
     MaskedConvLayerBlock,
@@ -40,7 +62,12 @@ from lowbit_kernels.integrations.torchaudio import (
     matches_wavlm_self_attention,
 )
 from lowbit_kernels.integrations.wavlm import FusedWavLMAttention, matches_wavlm_attention
-from lowbit_kernels.integrations.xvector import UnfoldedTDNNLayer, matches_tdnn_layer
+from lowbit_kernels.integrations.xvector import (
+    DilatedLengths,
+    UnfoldedTDNNLayer,
+    matches_tdnn_layer,
+    matches_xvector_head,
+)
 
 if TYPE_CHECKING:
     from lowbit_kernels.conversion.registry import Adapter
@@ -48,10 +75,26 @@ if TYPE_CHECKING:
 
 def register() -> None:
     """Add what this package knows to conversion's lists; called once, when they come to exist."""
-    from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, FINISHERS, Adapter
+    from lowbit_kernels.conversion.registry import (
+        ADAPTERS,
+        EXPOSERS,
+        FINISHERS,
+        OFFSETS,
+        Adapter,
+    )
 
     ADAPTERS.append(Adapter(matches_front_end, mask_front_end, restore_front_end))
     ADAPTERS.append(Adapter(matches_encoder, mask_positions, restore_positions))
+    ADAPTERS.append(Adapter(matches_adapter, mask_adapter, restore_adapter))
+    ADAPTERS.append(
+        Adapter(matches_attention_adapter, mask_attention_adapter, restore_attention_adapter)
+    )
+    ADAPTERS.append(_swap(matches_subsampling, MaskedSubsampling))
+    ADAPTERS.append(Adapter(matches_conformer_layer, mask_conformer_layer, restore_conformer_layer))
+    ADAPTERS.append(_swap(matches_sew_encoder, MaskedSEWEncoder))
+    ADAPTERS.append(_swap(matches_sewd_encoder, MaskedSEWDEncoder))
+    ADAPTERS.append(_swap(matches_sew_head, PooledFrameMask))
+    ADAPTERS.append(_swap(matches_xvector_head, DilatedLengths))
     ADAPTERS.append(_swap(matches_conv_layer_block, MaskedConvLayerBlock))
     ADAPTERS.append(_swap(matches_rotary_embedding, UncachedRotaryEmbedding))
     ADAPTERS.append(_swap(matches_feed_forward, FusedFeedForward))
@@ -60,6 +103,7 @@ def register() -> None:
     EXPOSERS.append(_swap(matches_wavlm_attention, FusedWavLMAttention))
     EXPOSERS.append(_swap(matches_wavlm_self_attention, FusedWavLMSelfAttention))
     EXPOSERS.append(_swap(matches_tdnn_layer, UnfoldedTDNNLayer))
+    OFFSETS.append(silence_offsets)
     FINISHERS.append(_tell_transformers)
 
 

@@ -34,6 +34,13 @@ def restore_class(module: nn.Module) -> None:
         module.__class__ = module._origin
 
 
+def is_stock(module: nn.Module | None, *names: str) -> bool:
+    """Whether a module is of one of transformers' classes with these names, and not swapped."""
+    kind = type(module)
+    known = kind.__name__ in names and kind.__module__.startswith("transformers.")
+    return known and not isinstance(module, Swapped)
+
+
 def _subclass(mixin: type[Swapped], origin: type) -> Any:
     key = (mixin, origin)
     if key not in _SUBCLASSES:

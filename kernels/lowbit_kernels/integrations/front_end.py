@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from lowbit_kernels.conv1d.front_end import describe_layers, flatten_layers, front_end
 from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
 from lowbit_kernels.integrations.front_end_layers import front_end_layers, needs_gradient
-from lowbit_kernels.integrations.padding import remove_pre_hook, zero_padding
+from lowbit_kernels.integrations.padding import (
+    attention_mask_of,
+    fill_padding,
+    frames_after,
+    remove_pre_hook,
+    zero_padding,
+)
 from lowbit_kernels.norm import masked_group_norm
 
 _log = logging.getLogger("lowbit_kernels")
@@ -84,14 +90,16 @@ class MaskedFeatureEncoder(Swapped):
         if self._requires_grad and self.training:
             hidden_states.requires_grad = True
         zero = _has_int8_inputs(self.conv_layers)
-        for layer in self.conv_layers:
-            lengths = _frames(lengths, layer.conv)
-            if isinstance(layer, MaskedGroupNormConvLayer):
-                hidden_states = layer(hidden_states, lengths)
-            else:
-                hidden_states = layer(hidden_states)
-                if zero:  # an input scale is one an utterance: padding must not raise it
-                    hidden_states = zero_padding(hidden_states, lengths)
+        for i, module in enumerate(self.conv_layers):
+            layer: Any = module
+            lengths = frames_after(lengths, layer.conv)
+            masked = isinstance(layer, MaskedGroupNormConvLayer)
+            hidden_states = layer(hidden_states, *((lengths,) if masked else ()))
+            # an input scale is one an utterance: padding must not raise it
+            if (offset := _input_offset(self.conv_layers, i + 1)) is not None:
+                hidden_states = fill_padding(hidden_states, lengths, offset)
+            elif zero:
+                hidden_states = zero_padding(hidden_states, lengths)
         return hidden_states
 
 
@@ -134,7 +142,7 @@ def restore_front_end(module: nn.Module) -> nn.Module:
 def _pass_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the model: hand the front end each utterance's samples."""
     waveforms = args[0] if args else kwargs.get("input_values")
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    mask = attention_mask_of(args, kwargs)
     encoder: Any = module.feature_extractor
     encoder._lengths = None if mask is None else mask.sum(-1)
     if mask is None and not torch.compiler.is_compiling():
@@ -157,11 +165,12 @@ def _warn_if_padded(waveforms: Tensor | None) -> None:
         )
 
 
-def _frames(lengths: Tensor, conv: Any) -> Tensor:
-    """Valid output frames of a convolution [B] for valid input frames [B]."""
-    span = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
-    padding = 2 * conv.padding[0]
-    return torch.div(lengths + padding - span, conv.stride[0], rounding_mode="floor") + 1
+def _input_offset(layers: nn.ModuleList, i: int) -> Tensor | None:
+    """The input offset of the convolution of layer i, if there is one."""
+    if i >= len(layers):
+        return None
+    layer: Any = layers[i]
+    return getattr(layer.conv, "input_offset", None)
 
 
 def _has_int8_inputs(layers: nn.ModuleList) -> bool:

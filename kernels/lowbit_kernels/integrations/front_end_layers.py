@@ -31,8 +31,14 @@ def front_end_layers(conv_layers: nn.ModuleList) -> list[FrontEndLayer] | None:
         epilogue = epilogue_of(layer.activation)
         if not served or epilogue is None:
             return None
-        weight = conv.weight if i == 0 else conv.quantized_weight()  # type: ignore[operator]
-        layers.append(FrontEndLayer(weight, conv.bias, conv.stride[0], norm, epilogue))
+        if i == 0:
+            layers.append(FrontEndLayer(conv.weight, conv.bias, conv.stride[0], norm, epilogue))
+            continue
+        packed: QConv1d = layer.conv
+        weight, bias = packed.quantized_weight(), packed.bias_with_offset()
+        layers.append(
+            FrontEndLayer(weight, bias, conv.stride[0], norm, epilogue, packed.input_offset)
+        )
     inputs = {
         layer.weight.spec.inputs for layer in layers if isinstance(layer.weight, QuantizedWeight)
     }

@@ -15,6 +15,7 @@ from lowbit_kernels.formats import QuantConfig
 from lowbit_kernels.integrations.huggingface_config import QUANT_METHOD, LowbitConfig
 from lowbit_kernels.integrations.skeletons import layer_table, place_skeletons
 from lowbit_kernels.modules import QuantizedModule
+from lowbit_kernels.modules.base import KEEP_DTYPE
 
 __all__ = ["LowbitConfig", "LowbitQuantizer", "attach", "detach", "is_pretrained"]
 
@@ -119,7 +120,8 @@ def _check_scales(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             wide = torch.float32 if module.zero_point is None else torch.float16
-            for scale, wanted in (("scale", wide), ("input_scale", torch.float32)):
-                tensor = getattr(module, scale)
+            for scale in KEEP_DTYPE:
+                wanted = wide if scale in ("scale", "zero_point") else torch.float32
+                tensor = module._buffers.get(scale)
                 if tensor is not None and tensor.dtype != wanted:
                     raise ValueError(f"{name}.{scale} must be {wanted}, got {tensor.dtype}")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,10 +23,11 @@ class LowbitConfig(QuantizationConfigMixin):
     ...                                         quantization_config=config)
 
     Args:
-        bits, group_size, symmetric, inputs, input_scale: the ``QuantSpec`` of every layer.
+        bits, group_size, symmetric, inputs, input_scale, deterministic: the ``QuantSpec`` of every
+            layer.
         method: rounding: ``"rtn"``, ``"search"`` or ``"hqq"``; ``None`` in a saved model.
-        preset: ``"small"`` or ``"fast"``, see ``QuantConfig``; takes ``bits`` and nothing else of
-            the spec.
+        preset: ``"small"`` or ``"fast"``, see ``QuantConfig``; takes ``bits``, ``deterministic``
+            and nothing else of the spec.
         config: a ``QuantConfig`` or its dictionary, in place of the spec.
         modules_to_not_convert: dotted names, or parts of them, to leave in float besides the heads.
         layers: the layers of a quantized model; written by ``save_pretrained``.
@@ -43,6 +45,7 @@ class LowbitConfig(QuantizationConfigMixin):
         symmetric: bool = True,
         inputs: str | None = None,
         input_scale: str = "token",
+        deterministic: bool = False,
         *,
         method: str | None = "rtn",
         preset: str | None = None,
@@ -65,7 +68,7 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}")
         if method is not None and method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        spec = QuantSpec(bits, group_size, symmetric, inputs, input_scale)
+        spec = QuantSpec(bits, group_size, symmetric, inputs, input_scale, deterministic)
         if input_scale == "static" and not layers:
             raise ValueError(
                 "input_scale must be 'token' or 'utterance' to quantize at load ('static' needs "
@@ -99,8 +102,10 @@ def _choose(
         return config if isinstance(config, QuantConfig) else QuantConfig.from_dict(config)
     if preset not in _PRESETS:
         raise ValueError(f"preset must be one of {tuple(_PRESETS)}, got {preset!r}")
-    _check_default(spec, QuantSpec(spec.bits), f"preset={preset!r}")
-    return _PRESETS[preset](spec.bits)
+    plain = QuantSpec(spec.bits, deterministic=spec.deterministic)
+    _check_default(spec, plain, f"preset={preset!r}")
+    default = _PRESETS[preset](spec.bits).default
+    return QuantConfig(replace(default, deterministic=spec.deterministic))
 
 
 def _check_default(spec: QuantSpec, default: QuantSpec, given: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
-from lowbit_kernels.integrations.padding import remove_pre_hook
+from lowbit_kernels.integrations.padding import attention_mask_of, remove_pre_hook
 
 
 class MaskedPositionalEmbedding(Swapped):
@@ -97,4 +97,4 @@ def restore_positions(module: nn.Module) -> nn.Module:
 def _pass_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the encoder: hand the mask [B, T] on."""
     embedding: Any = module.pos_conv_embed
-    embedding._mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    embedding._mask = attention_mask_of(args, kwargs)

@@ -1,4 +1,4 @@
-"""The dilated layers of transformers' x-vector heads, made to call their linear layer.
+"""The x-vector heads of transformers: dilated layers that call their linear layer, and lengths.
 
 Dimension key: B batch, T frames, C_in and C_out features.
 """
@@ -24,6 +24,25 @@ class UnfoldedTDNNLayer(Swapped):
         windows = hidden_states.unfold(1, span, 1)[..., :: self.dilation]  # [B, T_out, C_in, taps]
         out: Tensor = self.activation(self.kernel(windows.transpose(2, 3).flatten(2)))
         return out
+
+
+class DilatedLengths(Swapped):
+    """A head that knows how many frames its dilated layers leave of an utterance."""
+
+    tdnn: nn.ModuleList
+
+    def _get_tdnn_output_lengths(self, input_lengths: Any) -> Any:
+        """[B] to [B]; the original forgets the dilation, and so pools frames of padding."""
+        layers: Any = self.tdnn
+        for layer in layers:
+            input_lengths = input_lengths - layer.dilation * (layer.kernel_size - 1)
+        return input_lengths
+
+
+def matches_xvector_head(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers with an x-vector head."""
+    kind = type(module)
+    return kind.__name__.endswith("ForXVector") and kind.__module__.startswith("transformers.")
 
 
 def matches_tdnn_layer(module: nn.Module) -> bool:

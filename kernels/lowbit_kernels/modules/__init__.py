@@ -2,7 +2,7 @@
 
 from lowbit_kernels.modules.attention import QAttention
 from lowbit_kernels.modules.base import QuantizedModule
-from lowbit_kernels.modules.conv1d import QConv1d, folded_weight
+from lowbit_kernels.modules.conv1d import QConv1d, folded_weight, takes_offset
 from lowbit_kernels.modules.linear import QLinear
 
-__all__ = ["QAttention", "QConv1d", "QLinear", "QuantizedModule", "folded_weight"]
+__all__ = ["QAttention", "QConv1d", "QLinear", "QuantizedModule", "folded_weight", "takes_offset"]

@@ -14,7 +14,7 @@ from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 
 _BUFFERS = ("qweight", "scale", "group_scale", "zero_point", "input_scale")
 # checked after every load and kept by .to(dtype): a bf16 scale would cost 8 bits of precision
-_SCALES = ("scale", "zero_point", "input_scale")
+KEEP_DTYPE = ("scale", "zero_point", "input_scale", "input_offset", "offset_bias")
 
 
 # accessors of Tensor.data, as __torch_function__ sees them
@@ -96,6 +96,9 @@ class QuantizedModule(nn.Module):
         """From the format's view [N, K] to the layer's own shape."""
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is shaped")
 
+    def _weight_changed(self) -> None:
+        """Called after the stored weight was replaced by a new one."""
+
     def _set_quantized(self, weight: QuantizedWeight) -> None:
         self.spec, self.K = weight.spec, weight.K
         for name in _BUFFERS:
@@ -140,6 +143,7 @@ class QuantizedModule(nn.Module):
             stored = getattr(self, name)
             if stored is not None:
                 stored.copy_(getattr(packed, name))
+        self._weight_changed()
         wanted = value.float()
         error = wanted - self.weight.as_subclass(Tensor).float()
         if power := error.square().sum().item():
@@ -157,7 +161,7 @@ class QuantizedModule(nn.Module):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: self._buffers.pop(name) for name in _SCALES}
+        kept = {name: self._buffers.pop(name) for name in KEEP_DTYPE if name in self._buffers}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
@@ -172,17 +176,21 @@ class QuantizedModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Also take a float checkpoint's ``weight``, which is quantized on the way in."""
-        if prefix + "weight" in state_dict and prefix + "qweight" not in state_dict:
+        requantized = prefix + "weight" in state_dict and prefix + "qweight" not in state_dict
+        if requantized:
             packed = self._quantize(state_dict.pop(prefix + "weight"))
             for name in _BUFFERS[:4]:
                 if getattr(packed, name) is not None:
                     state_dict[prefix + name] = getattr(packed, name)
-            if self.input_scale is not None:
-                state_dict.setdefault(prefix + "input_scale", self.input_scale)
-        for name in _BUFFERS:
-            stored, given = getattr(self, name), state_dict.get(prefix + name)
+            for name in KEEP_DTYPE:  # a float layer has none, and they stay as they are
+                if self._buffers.get(name) is not None:
+                    state_dict.setdefault(prefix + name, self._buffers[name])
+        for name in (*_BUFFERS, *KEEP_DTYPE):
+            stored, given = self._buffers.get(name), state_dict.get(prefix + name)
             if stored is not None and given is not None and stored.dtype != given.dtype:
                 raise ValueError(
                     f"{prefix}{name} must be {stored.dtype}, got {given.dtype} in the state dict"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if requantized:
+            self._weight_changed()

@@ -41,14 +41,23 @@ class QConv1d(QuantizedModule, nn.Conv1d):
     [B, N, T] with channels contiguous in memory (and so is the best input), which chained layers
     keep. The weight is frozen; gradients flow to the input and to the bias.
 
+    With ``spec.input_offset`` the int8 input is the distance from ``input_offset`` [C], which
+    ``set_input_offset`` sets; the rest, a constant of each output channel, joins the bias. It is
+    exact without rounding, and keeps quiet frames, which lie near a constant, from being rounded
+    away (``integrations/silence.py``).
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
         padding_mode, device, dtype: as ``nn.Conv1d``.
         spec: how the weight and the input are quantized; ``None`` means ``QuantSpec()``.
 
     Raises:
+        ValueError: for ``spec.input_offset`` with padding or groups.
         NotImplementedError: for a ``padding_mode`` other than ``"zeros"``.
     """
+
+    input_offset: Tensor | None
+    offset_bias: Tensor | None
 
     def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
         conv = nn.Conv1d(*args, **kwargs)
@@ -68,6 +77,37 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         for name in _ATTRIBUTES:
             setattr(self, name, getattr(conv, name))
         self.spec = spec
+        if spec.input_offset and not takes_offset(conv):
+            raise ValueError(
+                "spec.input_offset must be False for a convolution with padding or groups, "
+                f"got True for {conv}"
+            )
+
+    def _set_quantized(self, weight: QuantizedWeight) -> None:
+        super()._set_quantized(weight)
+        device = weight.qweight.device
+        for name, size in (("input_offset", self.in_channels), ("offset_bias", self.out_channels)):
+            zeros = torch.zeros(size, dtype=torch.float32, device=device)
+            self.register_buffer(name, zeros if self.spec.input_offset else None)
+
+    def set_input_offset(self, offset: Tensor) -> None:
+        """Quantize the input around ``offset`` [C]; needs ``spec.input_offset``."""
+        assert self.input_offset is not None, "the spec has input_offset"
+        self.input_offset.copy_(offset)
+        self._weight_changed()
+
+    def _weight_changed(self) -> None:
+        if self.input_offset is not None and self.offset_bias is not None:
+            weight = self.quantized_weight().dequantize(torch.float64)
+            taps = weight.view(self.out_channels, -1, self.in_channels).sum(1)
+            self.offset_bias.copy_(taps @ self.input_offset.double())
+
+    def bias_with_offset(self) -> Tensor | None:
+        """What is added to the product with the int8 input: the bias, and the offset's share."""
+        bias = self._parameters["bias"]
+        if self.offset_bias is None or bias is None:
+            return bias if self.offset_bias is None else self.offset_bias
+        return bias + self.offset_bias
 
     @classmethod
     def from_float(cls, conv: nn.Conv1d, spec: QuantSpec, *, method: str = "rtn") -> Self:
@@ -144,11 +184,16 @@ class QConv1d(QuantizedModule, nn.Conv1d):
             frames = x.transpose(1, 2)
             y = low_bit_linear(frames, self.quantized_weight(), self.bias, epilogue=epilogue)
             return y.transpose(1, 2)
+        bias = self.bias
+        if self.input_offset is not None:
+            x = x - self.input_offset[:, None].to(x.dtype)
+            bias = self.bias_with_offset()
+            bias = None if bias is None else bias.to(x.dtype)
         padding = self.padding if isinstance(self.padding, str) else self.padding[0]
         return low_bit_conv1d(
             x,
             self.quantized_weight(),
-            self.bias,
+            bias,
             stride=self.stride[0],
             padding=padding,
             dilation=self.dilation[0],
@@ -158,6 +203,12 @@ class QConv1d(QuantizedModule, nn.Conv1d):
 
     def extra_repr(self) -> str:
         return f"{nn.Conv1d.extra_repr(self)}, {self.spec}"  # type: ignore[no-untyped-call]
+
+
+def takes_offset(conv: nn.Conv1d) -> bool:
+    """Whether a convolution can quantize its input around an offset: no padding, no groups."""
+    unpadded = conv.padding in ((0,), "valid")
+    return unpadded and conv.groups == 1 and conv.kernel_size[0] > 1
 
 
 def folded_weight(conv: nn.Conv1d) -> Tensor:

@@ -57,6 +57,8 @@ class QLinear(QuantizedModule, nn.Linear):
         self.register_parameter("bias", linear.bias)
 
     def _init(self, in_features: int, out_features: int, spec: QuantSpec) -> None:
+        if spec.input_offset:
+            raise ValueError("spec.input_offset must be False for a linear layer, got True")
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
 
