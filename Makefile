@@ -1,24 +1,28 @@
-# make demo | make test | make test-aot: each sets up .venv first and reuses it afterwards
-PYTHON ?= python3
-TORCH  ?= torch==2.13.0
-VENV   ?= .venv
-BIN    := $(VENV)/bin
+# make demo | make test | make test-hf | make test-aot: each sets up its environment first and
+# reuses it afterwards
+PYTHON       ?= python3
+TORCH        ?= torch==2.13.0
+TRANSFORMERS ?= transformers
+VENV         ?= .venv
+BIN          := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-aot lint
+.PHONY: help demo test test-hf test-hf-oldest test-aot lint
 
 help:
-	@echo "make demo      set up $(VENV) and run 'lowbit demo'"
-	@echo "make test      set up $(VENV) and run the test suite"
-	@echo "make test-aot  compile every kernel for every supported GPU (none needs to be present)"
-	@echo "make lint      ruff and mypy"
+	@echo "make demo            set up $(VENV) and run 'lowbit demo'"
+	@echo "make test            set up $(VENV) and run the test suite"
+	@echo "make test-hf         the tests of the transformers models alone"
+	@echo "make test-hf-oldest  the same with the oldest supported transformers, in .venv-hf-oldest"
+	@echo "make test-aot        compile every kernel for every supported GPU (none needs to be present)"
+	@echo "make lint            ruff and mypy"
 
 # torch comes first and alone, so that no other requirement can choose its build
 $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[$*]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" -e ".[$*]"
 	touch $@
 
 demo: $(VENV)/installed-hf,audio
@@ -26,6 +30,12 @@ demo: $(VENV)/installed-hf,audio
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-hf: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/families tests/test_huggingface*.py
+
+test-hf-oldest:
+	$(MAKE) test-hf TRANSFORMERS="transformers==5.8.*" VENV=.venv-hf-oldest
 
 test-aot: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/aot --aot-all

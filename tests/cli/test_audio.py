@@ -71,6 +71,10 @@ def write_bad(kind, folder, samples):
     if kind == "garbage":
         path.write_bytes(b"garbage" * 99)
         return path, "not an audio file"
+    if kind == "garbage mp3":
+        path = path.with_suffix(".mp3")
+        path.write_bytes(bytes(range(256)) * 20)
+        return path, "Format not recognised"
     if kind == "NaN":
         samples = samples.copy()
         samples[4000] = np.nan
@@ -87,7 +91,7 @@ def write_bad(kind, folder, samples):
     return path, "corrupt"
 
 
-BAD = ["no samples", "no bytes", "missing", "garbage", "NaN", "cut wav", "cut flac"]
+BAD = ["no samples", "no bytes", "missing", "garbage", "garbage mp3", "NaN", "cut wav", "cut flac"]
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -131,6 +135,7 @@ def test_a_long_file_is_read_in_bounded_memory(tmp_path):
 def test_a_folder_stands_for_the_audio_in_it(tmp_path):
     names = ("b.wav", "a/x.flac", "a/y.MP3", "a/notes.txt")
     (tmp_path / "a").mkdir()
+    (tmp_path / "folder.wav").mkdir()
     for name in names:
         (tmp_path / name).touch()
     found = find_audio([tmp_path, tmp_path / "b.wav"])

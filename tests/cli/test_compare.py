@@ -124,6 +124,18 @@ def test_models_must_be_of_one_kind(make_model, float_model, clips, lowbit, tmp_
     assert "one kind of model, got Wav2Vec2ForCTC and HubertForCTC" in called.err
 
 
+def test_models_in_the_wrong_order_are_noted(float_model, small_model, clips, lowbit):
+    called = lowbit("compare", small_model, float_model, clips[0])
+    assert called.code == 0
+    assert "has no low-bit layers; the float model is named first" in called.err
+
+
+def test_where_every_file_fails_no_figures_are_shown(float_model, small_model, lowbit, tmp_path):
+    called = lowbit("compare", float_model, small_model, tmp_path / "missing.wav")
+    assert called.code == 2
+    assert called.out == ""
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -95,6 +95,23 @@ def test_frames_of_two_models_do_not_mix(float_model, small_model, clips, lowbit
     assert "holds frames of another model" in called.err
 
 
+def test_frames_of_the_same_weights_with_other_inputs_do_not_mix(
+    float_model, small_model, clips, lowbit, tmp_path
+):
+    fast, out = tmp_path / "fast", tmp_path / "frames"
+    assert lowbit("quantize", float_model, fast, "--preset", "fast").code == 0
+    assert lowbit("encode", small_model, clips[0], "--out", out).code == 0
+    called = lowbit("encode", fast, clips[0], "--out", out)
+    assert called.code == 2
+    assert "holds frames of another model" in called.err
+
+
+def test_the_frames_need_a_folder(float_model, clips, lowbit):
+    called = lowbit("encode", float_model, clips[0], "--out", clips[1])
+    assert called.code == 2
+    assert f"--out {clips[1]}: a file; it must be a folder" in called.err
+
+
 def test_a_bad_file_leaves_nothing_and_the_rest_is_done(
     float_model, clips, lowbit, noise, tmp_path, monkeypatch
 ):

@@ -99,3 +99,16 @@ def test_env_says_what_is_there(lowbit):
     shown = lowbit("env")
     assert shown.code == 0
     assert str(torch.__version__) in shown.out
+
+
+def test_no_command_shows_the_help_and_nothing_else(lowbit):
+    called = lowbit()
+    assert called.code == 2
+    assert "Usage: lowbit" in called.out
+    assert called.err == ""
+
+
+def test_a_file_that_is_not_found_is_named_without_its_number(lowbit, float_model):
+    called = lowbit("quantize", float_model, "/proc/nowhere/out")
+    assert called.code == 2
+    assert called.err == "lowbit: /proc/nowhere: No such file or directory\n"

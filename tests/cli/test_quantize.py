@@ -63,6 +63,7 @@ def test_the_saved_processor_returns_attention_masks(small_model):
         (["--bits", "8"], "w8 channel"),
         (["--bits", "2", "--group-size", "32", "--inputs", "int8"], "w2 g32, int8 inputs"),
         (["--group-size", "channel", "--method", "hqq"], "w4 channel"),
+        (["--deterministic"], "w4 g64, deterministic"),
     ],
 )
 def test_options_choose_the_spec(options, spec, lowbit, float_model, tmp_path):
@@ -79,8 +80,8 @@ def test_a_report_is_shown_and_the_folder_named(lowbit, float_model, tmp_path):
     called = lowbit("quantize", float_model, tmp_path / "out")
     assert "layers quantized" in called.out
     assert "saved in" in called.out
-    assert "2x Linear" in called.out
-    assert "left by default" in called.out
+    assert "encoder.layers.0-1.attention.k_proj" in called.out
+    assert "on the skip list" in called.out
     assert called.err == ""
     assert names_in(tmp_path) == ["out"]
 
@@ -166,7 +167,7 @@ def make_bad_source(kind, folder, good):
     if kind == "missing":
         return folder / "nowhere", "no such folder"
     if kind == "hub":
-        return "someone/unreachable-model", "cannot be loaded"
+        return "someone/unreachable-model", "no such folder, nor does the hub give it"
     folder.mkdir()
     if kind == "empty":
         return folder, "no config.json in it"
@@ -211,3 +212,35 @@ def test_inspect_refuses_what_is_no_low_bit_checkpoint(lowbit, float_model, tmp_
         assert called.code == 2
         assert str(path) in called.err
         assert called.err.count("\n") == 1
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(lowbit, float_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(float_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("lm_head.bias")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    called = lowbit("quantize", broken, tmp_path / "out")
+    assert called.code == 2
+    assert "lack 1 tensors of a Wav2Vec2ForCTC, 'lm_head.bias' first" in called.err
+    assert names_in(tmp_path) == ["broken"]
+
+
+def test_weights_of_another_config_are_refused(lowbit, float_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(float_model, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    called = lowbit("quantize", broken, tmp_path / "out")
+    assert called.code == 2
+    assert "do not fit its config.json" in called.err
+    assert "(64,) in the file and (96,) in the model" in called.err
+
+
+def test_inspect_shows_layers_that_repeat_in_one_line(lowbit, small_model):
+    called = lowbit("inspect", small_model)
+    assert called.code == 0
+    lines = [line for line in called.out.splitlines() if "attention.k_proj" in line]
+    assert [line.split() for line in lines] == [
+        ["wav2vec2.encoder.layers.0-1.attention.k_proj", "2x", "QLinear", "w4", "g64"]
+    ]

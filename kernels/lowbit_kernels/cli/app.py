@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(error: BaseException) -> None:
     message = getattr(error, "format_message", lambda: first_line(error))()
-    sys.stderr.write(f"lowbit: {message}\n")
+    if message:  # `lowbit` alone has printed its help, and has nothing to add
+        sys.stderr.write(f"lowbit: {message}\n")
     sys.exit(2)
 
 
@@ -90,6 +91,12 @@ def quantize(
         str | None, typer.Option(help="int8 or float: how layers take their inputs.")
     ] = None,
     method: Annotated[str, typer.Option(help="Rounding: rtn, search or hqq.")] = "rtn",
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="Layers give an utterance the same bits in any batch."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at OUT.")] = False,
     json: Json = False,
@@ -99,14 +106,13 @@ def quantize(
         raise CommandError("OUT must be given, unless --dry-run is")
     from lowbit_kernels.cli import output
     from lowbit_kernels.cli.quantize import make_config, quantize_checkpoint
-    from lowbit_kernels.cli.quantize_view import show_report
 
-    config = make_config(preset, bits, group_size, inputs)
+    config = make_config(preset, bits, group_size, inputs, deterministic)
     report = quantize_checkpoint(source, None if dry_run else out, config, method, force=force)
     if json:
         output.print_json(report.to_dict() | {"out": None if dry_run else str(out)})
         return
-    show_report(report)
+    output.results().print(report)
     if not dry_run:
         output.results().print(f"\nsaved in [bold]{out}[/]")
 

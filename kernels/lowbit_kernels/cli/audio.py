@@ -40,7 +40,9 @@ def find_audio(arguments: Iterable[Path]) -> list[Path]:
         if not argument.is_dir():
             found.append(argument)
             continue
-        inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES)
+        inside = sorted(
+            p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()
+        )
         if not inside:
             raise CommandError(f"{argument}: no audio file in it ({', '.join(SUFFIXES)})")
         found += inside
@@ -121,8 +123,11 @@ def _open(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "error_string", None) or str(error)
-    return str(text).removeprefix("Error : ").rstrip(".")
+    text = str(getattr(error, "error_string", None) or error)
+    # what libsndfile says of a file without an mp3 stream, which is there and regular
+    if text.startswith("File does not exist"):
+        return "Format not recognised"
+    return text.removeprefix("Error : ").rstrip(".")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit_kernels.cli.errors import CommandError, require
 from lowbit_kernels.cli.inference import Failure, Run, cut_for_frames, forward, stream
 from lowbit_kernels.cli.layer_errors import LayerError, LayerErrors
-from lowbit_kernels.cli.output import Outcome
+from lowbit_kernels.cli.output import Outcome, note
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.transcribe import text_reader
 from lowbit_kernels.cli.windows import Window
@@ -132,6 +132,8 @@ def compare(
         require("jiwer", "audio")  # said before the work, not after it
     references = _references(paths, texts)
     layers, frames = LayerErrors(wanted.model, got.model), Frames()
+    if not layers.pairs:
+        note(f"note: {got.name} has no low-bit layers; the float model is named first")
     outcomes = _run(wanted, got, paths, layers, frames)
     for path, reference in references.items():
         if "error" not in outcomes[path]:

@@ -11,6 +11,7 @@ from lowbit_kernels.cli.compare import Comparison
 from lowbit_kernels.cli.layer_errors import LayerError
 from lowbit_kernels.cli.output import Outcome, results
 from lowbit_kernels.cli.words import WordErrors
+from lowbit_kernels.conversion.layer_names import fold_name, name_width
 
 _WORST_LAYERS = 10
 _SHOWN_TEXTS = 10
@@ -18,6 +19,8 @@ _SHOWN_TEXTS = 10
 
 def show_comparison(found: Comparison) -> None:
     """Print the figures, the transcripts that differ, and the layers with the most noise."""
+    if all("error" in file for file in found.files):
+        return  # nothing was compared; what failed is said on stderr
     console = results()
     console.print(_figures(found))
     if changed := [file for file in found.files if file.get("float") != file.get("quantized")]:
@@ -27,7 +30,7 @@ def show_comparison(found: Comparison) -> None:
     if found.layers:
         more = ", all in --json" if len(found.layers) > _WORST_LAYERS else ""
         console.print(f"\n[bold]Noisiest of {len(found.layers)} layers[/]{more}")
-        console.print(_layers(found.layers))
+        console.print(_layers(found.layers, console.width))
 
 
 def _figures(found: Comparison) -> Table:
@@ -52,7 +55,7 @@ def _figures(found: Comparison) -> Table:
 
 def _rate(errors: WordErrors) -> str:
     return (
-        f"{errors.rate:.2%} [dim]({errors.errors} errors in {errors.words} words, "
+        f"{errors.rate:.2%} [dim]({errors.errors} of {errors.words} words, in "
         f"{errors.changed} of {errors.transcripts} transcripts)[/]"
     )
 
@@ -69,17 +72,18 @@ def _texts(files: Sequence[Outcome]) -> Table:
     return table
 
 
-def _layers(layers: tuple[LayerError, ...]) -> Table:
+def _layers(layers: tuple[LayerError, ...], width: int) -> Table:
     worst = sorted(layers, key=_noise)[:_WORST_LAYERS]
-    table = Table(box=None)
+    width = name_width(width, [layer.spec for layer in worst], others=20)
+    table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", overflow="fold")
     table.add_column("spec")
-    table.add_column("weight SQNR", justify="right")
-    table.add_column("output SQNR", justify="right")
+    table.add_column("weight\nSQNR", justify="right", no_wrap=True)
+    table.add_column("output\nSQNR", justify="right", no_wrap=True)
     for layer in worst:
         output = layer.output_sqnr_db
         table.add_row(
-            layer.name,
+            fold_name(layer.name, width),
             layer.spec,
             f"{layer.weight_sqnr_db:.1f} dB",
             "" if output is None else f"{output:.1f} dB",

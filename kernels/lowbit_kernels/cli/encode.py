@@ -22,6 +22,7 @@ from lowbit_kernels.cli.inference import Failure, cut_for_frames, forward, strea
 from lowbit_kernels.cli.output import Outcome
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import Window
+from lowbit_kernels.modules import QuantizedModule
 
 # what made the frames of a folder; another model may not add to them
 RECORD = "encode.json"
@@ -139,6 +140,8 @@ def _done(path: Path, target: Path, frames: int, *, skipped: bool) -> Outcome:
 def _check_record(speech: Speech, folder: Path) -> None:
     wanted = {"model": type(speech.model).__name__, "sha256": _fingerprint(speech)}
     record = folder / RECORD
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"--out {folder}: a file; it must be a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not record.exists():
         temporary = record.with_suffix(".tmp")
@@ -154,7 +157,11 @@ def _check_record(speech: Speech, folder: Path) -> None:
 
 
 def _fingerprint(speech: Speech) -> str:
+    """A hash of the weights and of how each low-bit layer takes its inputs."""
     digest = hashlib.sha256()
+    for name, module in speech.model.named_modules():
+        if isinstance(module, QuantizedModule):
+            digest.update(f"{name}: {module.spec}\n".encode())
     for name, tensor in speech.model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

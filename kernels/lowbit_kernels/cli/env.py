@@ -57,10 +57,15 @@ def _cpu() -> dict[str, Any]:
     return {
         "device": "cpu",
         "name": _cpu_name(),
-        "detail": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        "detail": f"{_count(os.cpu_count() or 1, 'core')}, "
+        f"{_count(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "backends": [cpu_backend()],
     }
+
+
+def _count(count: int, unit: str) -> str:
+    return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
 def _cpu_name() -> str:

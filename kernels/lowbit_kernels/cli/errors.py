@@ -10,6 +10,8 @@ class CommandError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for libraries that write paragraphs."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

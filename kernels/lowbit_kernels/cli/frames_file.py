@@ -40,7 +40,10 @@ class FramesWriter:
         """Append frames [T, D]."""
         self.D = frames.shape[1]
         self.T += len(frames)
-        self.file.write(np.ascontiguousarray(frames, "<f4").tobytes())
+        try:
+            self.file.write(np.ascontiguousarray(frames, "<f4").tobytes())
+        except OSError as error:  # a full disk, which names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def finish(self) -> int:
         """Write the header and give the file its name.

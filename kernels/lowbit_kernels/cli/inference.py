@@ -141,14 +141,9 @@ def forward(
 ) -> list[Tensor]:
     """Run windows as one batch and keep of each the frames that count.
 
-    A model that padding would change gets windows of different lengths one by one.
-
     Returns:
         One [T, D] tensor a window, without padding and without the frames next to a cut.
     """
-    lengths = {len(window.samples) for window in windows}
-    if len(lengths) > 1 and not speech.ignores_padding:
-        return [forward(speech, function, [window])[0] for window in windows]
     inputs = speech.prepare([window.samples for window in windows])
     outputs = function(inputs)
     return [

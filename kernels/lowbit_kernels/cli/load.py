@@ -17,6 +17,8 @@ from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.conversion import adapt
 from lowbit_kernels.integrations import rebuild
 
+# checkpoints that were fine-tuned elsewhere come without it
+_TRAINING_ONLY = "masked_spec_embed"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -108,6 +110,7 @@ def _load_float(source: str) -> Any:
         raise CommandError(f"{source}: no config.json in it, so it is not a model")
     if not path.exists() and not _HUB_ID.fullmatch(source):
         raise CommandError(f"{source}: no such folder")
+    failed = "cannot be loaded" if path.exists() else "no such folder, nor does the hub give it"
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         names = config.architectures or ["AutoModel"]
@@ -116,12 +119,30 @@ def _load_float(source: str) -> Any:
             raise CommandError(
                 f"{source}: transformers {version('transformers')} has no class {names[0]}"
             )
-        return kind.from_pretrained(source, dtype=torch.float32)
+        model, found = kind.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        _check_complete(source, names[0], found)
+        return model
     except CommandError:
         raise
     # a damaged file can fail in any layer of the loader, down to safetensors' own exception
     except Exception as error:
-        raise CommandError(f"{source}: cannot be loaded ({first_line(error)})") from None
+        raise CommandError(f"{source}: {failed} ({first_line(error)})") from None
+
+
+def _check_complete(source: str, kind: str, found: dict[str, Any]) -> None:
+    """Raise if a model kept arbitrary weights, of which transformers only warns."""
+    missing = sorted(n for n in found["missing_keys"] if not n.endswith(_TRAINING_ONLY))
+    if missing:
+        raise CommandError(
+            f"{source}: its weights lack {len(missing)} tensors of a {kind}, {missing[0]!r} first"
+        )
+    for name, in_file, in_model in sorted(found["mismatched_keys"]):
+        raise CommandError(
+            f"{source}: its weights do not fit its config.json: {name!r} is {tuple(in_file)} in "
+            f"the file and {tuple(in_model)} in the model"
+        )
 
 
 @contextlib.contextmanager

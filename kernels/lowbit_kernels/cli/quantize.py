@@ -25,7 +25,11 @@ _PRESETS = {"small": QuantConfig.small, "fast": QuantConfig.fast}
 
 
 def make_config(
-    preset: str, bits: int | None, group_size: str | None, inputs: str | None
+    preset: str,
+    bits: int | None,
+    group_size: str | None,
+    inputs: str | None,
+    deterministic: bool = False,
 ) -> QuantConfig:
     """A preset with the parts that the user names replaced.
 
@@ -34,6 +38,7 @@ def make_config(
         bits: bits a weight; ``None`` as the preset.
         group_size: a number, ``"channel"`` or ``"tensor"``; ``None`` as the preset.
         inputs: ``"int8"`` or ``"float"``; ``None`` as the preset.
+        deterministic: as in ``QuantSpec``.
 
     Raises:
         CommandError: for a word that is none of these.
@@ -46,7 +51,7 @@ def make_config(
     base = _PRESETS[preset](4 if bits is None else bits).default
     kind = base.inputs if inputs is None else {"int8": "int8", "float": None}[inputs]
     size: GroupSize = "auto" if group_size is None else _group_size(group_size)
-    return QuantConfig(QuantSpec(base.bits, size, inputs=kind))
+    return QuantConfig(QuantSpec(base.bits, size, inputs=kind, deterministic=deterministic))
 
 
 def _group_size(text: str) -> GroupSize:

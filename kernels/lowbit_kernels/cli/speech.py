@@ -18,19 +18,6 @@ from lowbit_kernels.cli.errors import CommandError, first_line, require
 
 Kind = Literal["ctc", "seq2seq", "encoder"]
 
-# models whose frames do not depend on the padding of a batch, given its lengths; in the others a
-# convolution after the front end sees it
-_IGNORE_PADDING = (
-    "wav2vec2",
-    "hubert",
-    "wavlm",
-    "unispeech",
-    "unispeech-sat",
-    "wav2vec2-bert",
-    "parakeet_ctc",
-    "parakeet_encoder",
-    "whisper",
-)
 # mel front ends normalize over frames, which needs several of them
 _LEAST_MEL_SECONDS = 0.1
 
@@ -103,14 +90,15 @@ class Speech:
             CommandError: for a model whose front end is not known.
         """
         config = self.model.config
-        if strides := getattr(config, "conv_stride", None):
+        strides = getattr(config, "conv_stride", None)
+        if strides and not config.is_encoder_decoder:
             steps = getattr(config, "num_adapter_layers", 0) * getattr(config, "add_adapter", False)
             return int(math.prod(strides) * getattr(config, "adapter_stride", 1) ** steps)
-        if ratio := getattr(config, "inputs_to_logits_ratio", None):
-            return int(ratio)
+        if isinstance(ratio := getattr(config, "inputs_to_logits_ratio", None), int):
+            return ratio
         hop = getattr(self.extractor, "hop_length", None)
         encoder = getattr(config, "encoder_config", config)
-        if hop and hasattr(encoder, "subsampling_factor"):
+        if hop and config.model_type.startswith("parakeet"):
             return int(hop * encoder.subsampling_factor)
         if hop and config.model_type == "whisper":
             return 2 * int(hop)
@@ -136,12 +124,6 @@ class Speech:
     def longest_window(self) -> float:
         """The most seconds that the model takes at once."""
         return float(getattr(self.extractor, "chunk_length", math.inf))
-
-    @property
-    def ignores_padding(self) -> bool:
-        """Whether an utterance has the same frames in a padded batch as alone."""
-        config = self.model.config
-        return config.model_type in _IGNORE_PADDING and not getattr(config, "add_adapter", False)
 
     def padded_samples(self, longest: int) -> int:
         """How long each utterance of a batch becomes, in samples."""
