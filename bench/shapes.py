@@ -29,6 +29,11 @@ LINEAR = (
     _linear(1500, 512, 512, "whisper-base: q, k, v, output"),
     _linear(1500, 512, 2048, "whisper-base: feed-forward in"),
     _linear(1500, 2048, 512, "whisper-base: feed-forward out"),
+    # a decoder's step is one row
+    _linear(1, 512, 512, "whisper-base: a decoder step's q, k, v, output"),
+    _linear(1, 512, 2048, "whisper-base: a decoder step's feed-forward in"),
+    _linear(1, 1280, 1280, "whisper-large: a decoder step's q, k, v, output"),
+    _linear(1, 1280, 5120, "whisper-large: a decoder step's feed-forward in"),
 )
 
 

@@ -236,7 +236,8 @@ def test_every_provider_of_the_encoder_case_is_right(tiny_encoder):
     assert skipped == {"float32 torch.compile"}
     assert {row["status"] for name, row in rows.items() if name not in skipped} == {"ok"}
     fast, small = rows["lowbit fast()"], rows["lowbit small()"]
-    assert fast["weight_bytes"] == small["weight_bytes"] < rows["float32 eager"]["weight_bytes"]
+    # fast() stores input offsets too
+    assert small["weight_bytes"] < fast["weight_bytes"] < rows["float32 eager"]["weight_bytes"]
     assert fast["resident_bytes"] >= fast["weight_bytes"]
     assert small["error"] < fast["error"]
 

@@ -6,7 +6,9 @@ Dimension key: B batch, T samples.
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from bench.peers import (
 )
 from bench.shapes import SAMPLE_RATE, SECONDS
 from lowbit_kernels import QuantConfig, dequantize, quantize
+from lowbit_kernels.cpu import library
 from lowbit_kernels.cpu.resident import resident_bytes
 
 # float32 sums in another order, through 12 layers
@@ -90,10 +93,11 @@ def quantize_dynamic(audio: Tensor) -> Prepared:
     return Prepared(_call(model, audio), INT8_ERROR, weight_bytes=dynamic_int8_bytes(model))
 
 
-def ours(audio: Tensor, config: QuantConfig, max_error: float) -> Prepared:
+def ours(audio: Tensor, config: QuantConfig, max_error: float, attention: str = "sdpa") -> Prepared:
     """Right if it computes what a float32 model with the stored weights does."""
-    model = float32_model()
+    model: Any = float32_model()
     quantize(model, config)
+    model.set_attn_implementation(attention)
     stored = stored_bytes(model)
 
     def expected() -> Tensor:
@@ -107,14 +111,26 @@ def ours(audio: Tensor, config: QuantConfig, max_error: float) -> Prepared:
     return Prepared(_call(model, audio), max_error, expected, stored, facts)
 
 
-def fast(audio: Tensor, bits: int = 4) -> Prepared:
+def fast(audio: Tensor, bits: int = 4, attention: str = "sdpa") -> Prepared:
     """The preset for speed."""
-    return ours(audio, QuantConfig.fast(bits), INT8_ERROR)
+    return ours(audio, QuantConfig.fast(bits), INT8_ERROR, attention)
 
 
-def small(audio: Tensor) -> Prepared:
+def small(audio: Tensor, attention: str = "sdpa") -> Prepared:
     """The preset for the least error."""
-    return ours(audio, QuantConfig.small(), FLOAT32_ERROR)
+    return ours(audio, QuantConfig.small(), FLOAT32_ERROR, attention)
+
+
+def without_compiler(audio: Tensor) -> Prepared:
+    """``fast()`` on a machine whose C++ compiler is missing: oneDNN and PyTorch's operators."""
+    prepared = fast(audio)
+
+    def call() -> Tensor:
+        with patch.object(library, "_load", lambda: (None, "left out of this measurement")):
+            out: Tensor = prepared.call()
+            return out
+
+    return replace(prepared, call=call)
 
 
 class _LastHiddenState(nn.Module):
@@ -161,6 +177,10 @@ ENCODER_CPU = Case(
         # the same bits as the int8 peers
         Provider("lowbit fast(bits=8)", lambda audio: fast(audio, bits=8)),
         Provider("lowbit small()", small),
+        # with the model's attn_implementation="lowbit" instead of PyTorch's fused attention
+        Provider("lowbit fast(), attention too", lambda audio: fast(audio, attention="lowbit")),
+        Provider("lowbit small(), attention too", lambda audio: small(audio, attention="lowbit")),
+        Provider("lowbit fast(), no compiler", without_compiler),
     ),
     baseline="float32 eager",
     cost=lambda point: cost((point.sizes["B"], point.sizes["T"])),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_kernels import QuantConfig, QuantSpec, quantize
+from lowbit_kernels import QuantConfig, quantize
 from lowbit_kernels.cpu import cpu_backend
 from ssl_models.digits.data import (
     HELD_OUT_SPEAKER,
@@ -157,13 +157,9 @@ def _rate(parts: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Rate:
 
 def _configs() -> dict[str, QuantConfig]:
     """The quantized models that are reported, by the name of their row."""
-    float_front_end = {r"feature_extractor\.": QuantSpec(bits=4)}
     return {
         "8 bits": QuantConfig.small(8),
         "4 bits: small()": QuantConfig.small(),
-        "4 bits, int8 inputs but in the front end": QuantConfig(
-            QuantSpec(bits=4, inputs="int8"), overrides=float_front_end
-        ),
         "4 bits, int8 inputs: fast()": QuantConfig.fast(),
         "8 bits, int8 inputs: fast(8)": QuantConfig.fast(8),
         "2 bits": QuantConfig.small(2),
