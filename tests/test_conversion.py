@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_kernels import QConv1d, QLinear, QuantConfig, QuantSpec, dequantize, quantize
+from lowbit_kernels import (
+    QConv1d,
+    QLinear,
+    QuantConfig,
+    QuantSpec,
+    dequantize,
+    load_quantized,
+    quantize,
+    save_quantized,
+)
 from lowbit_kernels.testing import assert_as_accurate
 
 
@@ -144,6 +153,139 @@ def test_subclasses_and_shared_weights_are_left(model):
     assert reasons["ffn"] == reasons["tied"] == "its weight is shared with another module"
 
 
+class Shared(nn.Module):
+    """A layer, a block and an attention, each registered twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.again = self.first
+        self.block = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.blocks = nn.ModuleList([self.block])
+        self.mixer = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.other_mixer = self.mixer
+
+    def forward(self, x):
+        x = self.blocks[0](self.again(self.block(self.first(x))))
+        return self.other_mixer(*[self.mixer(x, x, x)[0]] * 3)[0]
+
+
+def test_a_layer_with_two_names_is_replaced_under_both():
+    shared = Shared().eval()
+    report = quantize(shared, QuantSpec(bits=8))
+    assert [layer.name for layer in report.layers] == [
+        "first", "block.0", "mixer.in_proj", "mixer.out_proj",
+    ]  # fmt: skip
+    assert report.layers[0].note == "also registered as again"
+    assert report.layers[1].note == "also registered as blocks.0.0"
+    assert "first: also registered as again" in str(report)
+    assert isinstance(shared.first, QLinear)
+    assert shared.again is shared.first
+    assert shared.blocks[0][0] is shared.block[0]
+    assert shared.other_mixer is shared.mixer
+    tensors = [*shared.parameters(), *shared.buffers()]
+    assert report.model_bytes_after == sum(t.nbytes for t in tensors)
+    dequantize(shared)
+    assert type(shared.first) is nn.Linear
+    assert shared.again is shared.first
+    assert type(shared.mixer) is nn.MultiheadAttention
+    assert shared.other_mixer is shared.mixer
+
+
+def test_a_dry_run_leaves_two_names_on_one_module():
+    shared = Shared()
+    mixer = shared.mixer
+    quantize(shared, dry_run=True)
+    assert shared.other_mixer is shared.mixer is mixer
+
+
+def test_a_layer_with_two_names_is_saved_once_and_loaded_under_both(tmp_path):
+    shared, x = Shared().eval(), torch.randn(2, 5, 16)
+    quantize(shared)
+    wanted = shared(x)
+    save_quantized(shared, tmp_path)
+    loaded = load_quantized(tmp_path, Shared().eval())
+    assert loaded.again is loaded.first
+    assert loaded.other_mixer is loaded.mixer
+    assert torch.equal(loaded(x), wanted)
+
+
+def test_a_rule_for_any_name_of_a_layer_decides():
+    shared = Shared()
+    config = QuantConfig(overrides={"^again$": QuantSpec(bits=8)}, skip=("^first$", r"^blocks\."))
+    report = quantize(shared, config)
+    specs = {layer.name: layer.spec for layer in report.layers}
+    assert specs["first"] == "w8 channel"
+    assert specs["block.0"] is None
+    assert report.notes == ()
+
+
+def test_patterns_that_match_nothing_are_named(model):
+    config = QuantConfig(
+        overrides={"fnn": QuantSpec(bits=8), "^ffn$": None}, skip=("lm_haed", "lm_head")
+    )
+    report = quantize(model, config)
+    assert report.notes == ("override 'fnn' matched no layer", "skip 'lm_haed' matched no layer")
+    assert "note: override 'fnn' matched no layer" in str(report)
+    assert quantize(Encoder()).notes == ()
+
+
+def test_layers_of_other_kinds_are_listed(model):
+    model.words = nn.Embedding(10, 16)
+    model.image = nn.Conv2d(1, 4, 3)
+    model.up = nn.ConvTranspose1d(16, 16, 2)
+    model.memory = nn.LSTM(16, 16)
+    report = quantize(model, QuantConfig(overrides={"^words$": None}))
+    left = {layer.name: layer for layer in report.left}
+    for name, kind in [
+        ("words", "Embedding"),
+        ("image", "Conv2d"),
+        ("up", "ConvTranspose1d"),
+        ("memory", "LSTM"),
+    ]:
+        assert left[name].reason == f"nn.{kind} is not served"
+        assert left[name].bytes_before == left[name].bytes_after
+        assert left[name].bytes_before == sum(p.nbytes for p in getattr(model, name).parameters())
+    assert report.notes == ()
+
+
+def test_tied_parameters_are_said_to_stay(model):
+    model.words = nn.Embedding(5, 16)
+    model.lm_head.weight = model.words.weight
+    config = QuantConfig(overrides={"^lm_head$": QuantSpec(bits=8)})
+    left = {layer.name: layer.reason for layer in quantize(model, config).left}
+    assert left["lm_head"] == "its weight is shared with another module"
+    assert model.lm_head.weight is model.words.weight
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_is_no_model_is_refused(dry_run):
+    with pytest.raises(ValueError, match="model must contain the layer, got the layer itself"):
+        quantize(nn.Linear(4, 4), dry_run=dry_run)
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module, got a Tensor"):
+        quantize(torch.randn(4, 4), dry_run=dry_run)
+
+
+def test_calibration_leaves_every_module_in_its_mode(model):
+    model.train()
+    model.first.eval()  # as a frozen front end
+    model.front.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    quantize(model, QuantConfig.fast(), calibration=[torch.randn(800)])
+    after = {name: module.training for name, module in model.named_modules()}
+    kept = before.keys() & after.keys()
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert {"first", "front", "ffn"} <= kept
+
+
+def test_a_model_quantized_in_inference_mode_trains(model, wave):
+    with torch.inference_mode():
+        quantize(model, QuantConfig.fast(), calibration=[torch.randn(800)])
+    model(wave).sum().backward()
+    assert model.ffn.bias.grad is not None
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+
+
 def test_overrides_decide(model):
     config = QuantConfig(
         QuantSpec(bits=4),
@@ -195,6 +337,27 @@ def test_calibration_makes_static_scales_that_serve_other_clips(model):
         ({"config": "fast"}, ValueError, "config must be a QuantConfig.*got 'fast'"),
         ({"method": "best"}, ValueError, "method must be one of .*got 'best'"),
         ({"config": QuantSpec(inputs="fp8")}, NotImplementedError, "inputs must be one of .*'fp8'"),
+        (
+            {"config": QuantConfig(overrides={"nothing": QuantSpec(inputs="int4")})},
+            NotImplementedError,
+            "inputs must be one of .*'int4'",
+        ),
+        ({"calibration": 5}, ValueError, "calibration must be an iterable of clips, got 5"),
+        (
+            {"config": QuantConfig.fast(), "calibration": {"wave": torch.ones(800)}},
+            ValueError,
+            "calibration must be an iterable of clips, got {'wave'",
+        ),
+        (
+            {"config": QuantConfig.fast(), "calibration": [torch.ones(800), "a.wav"]},
+            ValueError,
+            "calibration must hold waveforms .* got a str at 1",
+        ),
+        (
+            {"config": QuantConfig.fast(), "calibration": torch.ones(800)},
+            ValueError,
+            "calibration must hold waveforms .* got a Tensor at 0",
+        ),
         (
             {"config": QuantSpec(inputs="int8", input_scale="static")},
             ValueError,

@@ -14,7 +14,6 @@ from lowbit_kernels.conv1d import Geometry, low_bit_conv1d
 from lowbit_kernels.conv1d import cuda as cuda_conv
 from lowbit_kernels.cpu import library
 from lowbit_kernels.formats import quantize_weight
-from lowbit_kernels.integrations.huggingface_config import LowbitConfig
 from lowbit_kernels.matmul import backward_kernel, low_bit_linear
 from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
@@ -22,6 +21,7 @@ from lowbit_kernels.norm import masked_group_norm, norm_quantize
 from tests.conv1d_cases import CASES, EPILOGUES, keywords, make_inputs
 from tests.linear_cases import SPECS
 
+HUGGING_FACE = "lowbit_kernels.integrations.huggingface_config"
 ROWS = (1, 3, 64, 200)
 SMS, SHARED = 4, 227 * 1024
 FIXED = {name: replace(spec, deterministic=True) for name, spec in SPECS.items()}
@@ -79,6 +79,7 @@ def test_it_reaches_every_layer_of_a_model():
 
 @pytest.mark.parametrize("preset", [None, "small", "fast"])
 def test_hugging_face_configs_carry_it(preset):
+    LowbitConfig = pytest.importorskip(HUGGING_FACE).LowbitConfig
     config = LowbitConfig(bits=8, preset=preset, deterministic=True)
     again = LowbitConfig.from_dict(config.to_dict())
     assert again.quant_config.default == config.quant_config.default
@@ -86,6 +87,7 @@ def test_hugging_face_configs_carry_it(preset):
 
 
 def test_a_config_without_the_field_is_not_deterministic():
+    LowbitConfig = pytest.importorskip(HUGGING_FACE).LowbitConfig
     saved = LowbitConfig(bits=8).to_dict()
     del saved["config"]["default"]["deterministic"]
     assert LowbitConfig.from_dict(saved).quant_config.default == QuantSpec(8)
@@ -314,16 +316,15 @@ def test_the_other_layers_of_an_encoder_keep_the_bits(device):
 
 
 def tiny_wav2vec2(norm):
-    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
-
-    config = Wav2Vec2Config(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(
         vocab_size=33, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=100, conv_dim=(36, 48, 48), conv_kernel=(10, 3, 2),
         conv_stride=(5, 2, 2), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
         feat_extract_norm=norm, conv_bias=norm == "layer", attn_implementation="lowbit",
         do_stable_layer_norm=norm == "layer",
     )  # fmt: skip
-    return Wav2Vec2ForCTC(config).eval()
+    return transformers.Wav2Vec2ForCTC(config).eval()
 
 
 @pytest.mark.parametrize("preset", ["small", "fast"])

@@ -219,12 +219,20 @@ def test_the_format_has_not_drifted():
     [
         ({"bits": 3}, r"bits must be one of \(1, 2, 4, 8\), got 3"),
         ({"bits": True}, "bits must be one of"),
+        ({"bits": 4.0}, r"bits must be one of .*got 4\.0"),
+        ({"input_offset": 0}, "input_offset must be False, or True .*got 0"),
         ({"group_size": 48}, "group_size must be a power of two >= 32.*got 48"),
         ({"group_size": 16}, "group_size must be a power of two >= 32.*got 16"),
-        ({"bits": 8, "group_size": 64}, "group_size must be None or 'tensor' with bits=8"),
+        (
+            {"bits": 8, "group_size": 64},
+            r"group_size must be None .* or 'tensor' with bits=8.*got 64",
+        ),
         ({"symmetric": False, "inputs": "int8"}, "symmetric=False needs bits 2 or 4"),
         ({"symmetric": False, "bits": 1, "group_size": 64}, "symmetric=False needs bits 2 or 4"),
-        ({"symmetric": False, "group_size": None}, "group_size must be a number"),
+        (
+            {"symmetric": False, "group_size": None},
+            "group_size must be a power of two >= 32 with symmetric",
+        ),
         ({"inputs": "int7"}, "inputs must be one of .*got 'int7'"),
         ({"input_scale": "batch"}, "input_scale must be one of .*got 'batch'"),
     ],
@@ -278,10 +286,14 @@ def test_config_survives_json(config):
     [
         (lambda: QuantConfig(default=4), "default must be a QuantSpec, got 4"),
         (lambda: QuantConfig(overrides={"(": None}), r"overrides must hold regular expressions"),
+        (lambda: QuantConfig(overrides=[4]), r"overrides must be a mapping .* got \[4\]"),
+        (lambda: QuantConfig(overrides={5: None}), "overrides must hold regular expressions"),
         (lambda: QuantConfig(skip="lm_head"), "skip must be a sequence of patterns"),
+        (lambda: QuantConfig(skip=5), "skip must be a sequence of patterns, got 5"),
         (lambda: QuantConfig(overrides={"a": 4}), r"overrides\['a'\] must be a QuantSpec or None"),
         (lambda: QuantConfig(attention_matmuls="int4"), "attention_matmuls must be None"),
         (lambda: QuantConfig.from_dict({"default": {}, "bitz": 4}), "bitz"),
+        (lambda: QuantConfig.from_dict({"skip": []}), r"must have a 'default', got \['skip'\]"),
     ],
 )
 def test_a_wrong_config_is_named(build, message):

@@ -123,6 +123,36 @@ def test_a_new_weight_gets_a_new_share_of_the_bias():
     assert torch.equal(loaded(x), layer(x))
 
 
+def test_a_merged_adapter_gets_a_new_share_of_the_bias():
+    layer, x = offset_conv(), torch.randn(1, 20, 41)
+    with pytest.warns(UserWarning, match="requantized"):
+        layer.weight.data += torch.randn(33, 20, 3)
+    assert_as_accurate(
+        layer(x).contiguous(), expected(layer, x, torch.float32), expected(layer, x, torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    "offset", [torch.randn(()), torch.randn(1, 20), torch.randn(33), torch.full((20,), torch.inf)]
+)
+def test_wrong_offsets_are_refused(offset: torch.Tensor):
+    layer = offset_conv()
+    before = layer.input_offset.clone()
+    with pytest.raises(ValueError, match=r"offset must be finite and of shape \(20,\), got"):
+        layer.set_input_offset(offset)
+    assert torch.equal(layer.input_offset, before)
+    plain = QConv1d(20, 33, 3, spec=QuantSpec(inputs="int8"))
+    with pytest.raises(ValueError, match=r"spec\.input_offset must be True to set"):
+        plain.set_input_offset(torch.randn(20))
+
+
+def test_an_offset_that_needs_gradients_is_a_constant():
+    layer = offset_conv()
+    layer.set_input_offset(torch.randn(20, requires_grad=True))
+    assert not layer.input_offset.requires_grad
+    assert not layer.offset_bias.requires_grad
+
+
 def test_wrong_layers_are_refused():
     for conv in (nn.Conv1d(4, 8, 3, padding=1), nn.Conv1d(4, 8, 3, groups=2), nn.Conv1d(4, 8, 1)):
         with pytest.raises(ValueError, match=r"spec\.input_offset must be False .* got True"):
@@ -149,6 +179,68 @@ def test_quantize_finds_what_the_front_end_sees_in_silence(norm: str):
         assert conv.input_offset.abs().max() > 0
         torch.testing.assert_close(conv.input_offset, x[0, :, x.shape[2] // 2])
     assert not quantized.encoder.pos_conv_embed.conv.spec.input_offset
+
+
+def offsets_of(quantized: nn.Module) -> list[torch.Tensor]:
+    layers = quantized.feature_extractor.conv_layers[1:]
+    return [layer.conv.input_offset for layer in layers]
+
+
+def with_random_layers() -> transformers.Wav2Vec2Model:
+    built = model("layer")
+    for layer, channels in zip(built.feature_extractor.conv_layers, (32, 48, 32), strict=True):
+        layer.activation = nn.Sequential(nn.BatchNorm1d(channels), nn.Dropout(0.5))
+    return built
+
+
+def test_the_run_on_silence_leaves_no_trace_in_a_model_in_training():
+    still, training = with_random_layers(), with_random_layers().train()
+    training.feature_extractor.conv_layers[1].eval()
+    norm = training.feature_extractor.conv_layers[0].activation[0]
+    mean, random = norm.running_mean.clone(), torch.get_rng_state()
+    quantize(still, FAST)
+    quantize(training, FAST)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(norm.running_mean, mean)
+    assert norm.num_batches_tracked == 0
+    assert training.training
+    modes = [layer.training for layer in training.feature_extractor.conv_layers]
+    assert modes == [True, False, True]
+    for wanted, got in zip(offsets_of(still), offsets_of(training), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_a_front_end_quantized_after_the_rest_gets_its_offsets(norm: str):
+    at_once, in_parts = model(norm), model(norm)
+    quantize(at_once, FAST)
+    quantize(in_parts, QuantConfig(FAST.default, overrides={"feature_extractor": None}))
+    quantize(in_parts, FAST)
+    for wanted, got in zip(offsets_of(at_once), offsets_of(in_parts), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_half_precision_model_gets_offsets_where_they_are_finite():
+    half, large = model("layer").half(), model("layer").half()
+    large.feature_extractor.conv_layers[0].layer_norm.bias.data.fill_(torch.inf)
+    quantize(half, FAST)
+    quantize(large, FAST)
+    assert all(offset.dtype == torch.float32 for offset in offsets_of(half))
+    assert offsets_of(large) == [None, None]
+
+
+def test_a_model_on_meta_is_refused_before_it_is_run():
+    with pytest.raises(ValueError, match="layers on the meta device"):
+        quantize(model().to("meta"), FAST)
+
+
+def test_a_dry_run_says_what_will_get_an_offset():
+    quantized = model()
+    before = copy.deepcopy(quantized.state_dict())
+    dry = quantize(quantized, FAST, dry_run=True)
+    assert all(torch.equal(before[key], value) for key, value in quantized.state_dict().items())
+    assert sum("around an offset" in (layer.spec or "") for layer in dry.layers) == 2
+    assert quantize(quantized, FAST).to_dict() == dry.to_dict()
 
 
 @pytest.mark.parametrize("norm", ["group", "layer"])

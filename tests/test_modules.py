@@ -237,6 +237,26 @@ def test_sizes_are_checked():
         QLinear(0, 4)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda spec: QLinear(8, 8, spec=spec),
+        lambda spec: QLinear(8, 8, device="meta", spec=spec),
+        lambda spec: QLinear.from_float(nn.Linear(8, 8), spec),
+        lambda spec: QConv1d(8, 8, 3, spec=spec),
+        lambda spec: QConv1d.from_float(nn.Conv1d(8, 8, 3), spec),
+        lambda spec: QAttention(8, 2, spec=spec),
+    ],
+)
+def test_wrong_specs_are_refused_when_a_layer_is_made(build):
+    with pytest.raises(ValueError, match="spec must be a QuantSpec, got 'int4'"):
+        build("int4")
+    with pytest.raises(ValueError, match="spec must be a QuantSpec, got 0"):
+        build(0)
+    with pytest.raises(NotImplementedError, match=r"inputs must be one of .* got 'fp8'"):
+        build(QuantSpec(inputs="fp8"))
+
+
 def test_attention_matches_nn_multihead_attention():
     float_attention = nn.MultiheadAttention(36, 4, batch_first=True)
     attention = QAttention.from_float(float_attention, QuantSpec(bits=8))

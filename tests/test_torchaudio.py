@@ -164,7 +164,10 @@ def test_padded_batch_equals_single_utterances(model: Any, config: QuantConfig) 
 
 def test_layers_are_called_and_nothing_is_left(model: Any) -> None:
     report = quantize(model)
-    assert {layer.reason for layer in report.left} == {"one input channel: little to gain"}
+    reasons = {layer.kind: layer.reason for layer in report.left}
+    # WavLM looks its position buckets up
+    assert reasons.pop("Embedding", "nn.Embedding is not served") == "nn.Embedding is not served"
+    assert reasons == {"Conv1d": "one input channel: little to gain"}
     assert isinstance(model.feature_extractor.conv_layers[1].conv, QConv1d)
     called = set()
     for name, module in model.named_modules():

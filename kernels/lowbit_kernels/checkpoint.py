@@ -29,8 +29,11 @@ from torch import Tensor, nn
 
 from lowbit_kernels.conversion import adapt, exposed, finish
 from lowbit_kernels.conversion.layer_names import alike, fold_name, join_names, name_width
+from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
 from lowbit_kernels.integrations import rebuild
+from lowbit_kernels.integrations.checksum import check_files
+from lowbit_kernels.integrations.skeletons import check_layers
 from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
 
 MANIFEST = "lowbit.json"
@@ -174,20 +177,25 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
     """
     directory = Path(path)
     if not (directory / MANIFEST).exists() and rebuild.is_quantized_pretrained(directory):
-        name, layers = rebuild.inspect_pretrained(directory)
-        files = sorted(directory.glob("*.safetensors"))
+        try:
+            name, found, layers = rebuild.inspect_pretrained(directory)
+            files = rebuild.weight_files(directory)
+            count = check_files(files)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     else:
         manifest = _read_manifest(directory)
-        name, layers = manifest["model"], manifest["layers"]
+        name, found, layers = manifest["model"], manifest["format_version"], manifest["layers"]
         files = [directory / manifest["weights"]["file"]]
         _check_hash(files[0], manifest["weights"]["sha256"])
+        count = _count_tensors(files[0])
     return CheckpointInfo(
         path=str(path),
-        format_version=FORMAT_VERSION,
+        format_version=found,
         model=name,
         layers=layers,
         nbytes=sum(file.stat().st_size for file in files),
-        tensors=sum(_count_tensors(file) for file in files),
+        tensors=count,
     )
 
 
@@ -274,6 +282,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != _manifest_hash(manifest):
         raise CheckpointError(f"{path}: its SHA-256 does not match, so it was changed")
+    try:
+        check_layers(manifest["layers"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return manifest
 
 
@@ -310,16 +322,19 @@ def _pretrained(directory: Path, model: nn.Module | None) -> nn.Module:
         )
     try:
         return rebuild.load_pretrained(directory)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: {error}") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        named = text.startswith(str(directory))
+        raise CheckpointError(text if named else f"{directory}: {text}") from None
 
 
 def _skeletons(
     model: nn.Module, layers: dict[str, dict[str, Any]], manifest: Path
 ) -> dict[str, QLinear | QConv1d]:
     """Empty quantized layers in the shapes of the model's own."""
-    modules = dict(model.named_modules())
-    skeletons = {}
+    names = names_of(model)
+    modules = {name: module for module, group in names.items() for name in group}
+    skeletons: dict[str, QLinear | QConv1d] = {}
     for name, entry in layers.items():
         old, kind = modules.get(name), _KINDS.get(entry["kind"])
         base = nn.Linear if kind is QLinear else nn.Conv1d
@@ -329,7 +344,8 @@ def _skeletons(
                 f"{manifest}: holds a {entry['kind']} {name!r} where the model has {found}; "
                 "it was saved from another model"
             )
-        skeletons[name] = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
+        layer = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
+        skeletons |= dict.fromkeys(names[old], layer)  # the state dict has each of its names
     return skeletons
 
 

@@ -32,7 +32,7 @@ def test_help_imports_no_torch_and_names_every_command():
         (["quantize", "SRC", "OUT", "--bits", "3"], "bits must be one of (1, 2, 4, 8), got 3"),
         (["quantize", "SRC", "OUT", "--preset", "tiny"], "--preset must be one of small, fast"),
         (["quantize", "SRC", "OUT", "--inputs", "int9"], "--inputs must be int8 or float"),
-        (["quantize", "SRC", "OUT", "--group-size", "x"], "--group-size must be a number"),
+        (["quantize", "SRC", "OUT", "--group-size", "x"], "--group-size must be a power of two"),
         (["quantize", "SRC", "OUT", "--group-size", "48"], "group_size must be a power of two"),
         (["transcribe", "MODEL", "a.wav", "--device", "tpu"], "--device must be cpu, cuda"),
         (["encode", "MODEL", "a.wav", "--out", "o", "--format", "pt"], "safetensors, npy"),

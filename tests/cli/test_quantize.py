@@ -72,7 +72,8 @@ def test_options_choose_the_spec(options, spec, lowbit, float_model, tmp_path):
     assert called.err == ""
     assert called.json["out"] is None
     specs = {layer["spec"] for layer in called.json["layers"] if layer["spec"]}
-    assert specs == {spec}
+    # convolutions of the front end may have one
+    assert {found.replace(" around an offset", "") for found in specs} == {spec}
     assert list(tmp_path.iterdir()) == []
 
 

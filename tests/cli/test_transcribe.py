@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 
+from lowbit_kernels import quantize, save_quantized
 from lowbit_kernels.cli import inference
 
 RATE = 16_000
@@ -93,6 +94,25 @@ def test_a_model_without_a_processor_says_what_is_missing(float_model, clips, lo
     assert called.code == 2
     assert "no usable tokenizer beside the model" in called.err
     assert called.err.count("\n") == 1
+
+
+def test_a_folder_of_save_quantized_says_how_to_add_the_processor(
+    float_model, clips, lowbit, tmp_path
+):
+    import transformers
+
+    model = transformers.AutoModelForCTC.from_pretrained(float_model)
+    quantize(model)
+    save_quantized(model, tmp_path / "low")
+    called = lowbit("transcribe", tmp_path / "low", *clips)
+    assert called.code == 2
+    assert "no usable tokenizer beside the model: tokenizer_config.json is missing" in called.err
+    assert (
+        f"AutoProcessor.from_pretrained(MODEL).save_pretrained('{tmp_path / 'low'}')" in called.err
+    )
+    assert called.err.count("\n") == 1
+    transformers.AutoProcessor.from_pretrained(float_model).save_pretrained(tmp_path / "low")
+    assert lowbit("transcribe", tmp_path / "low", *clips).code == 0
 
 
 def test_three_hours_need_bounded_memory(float_model, tmp_path, monkeypatch):

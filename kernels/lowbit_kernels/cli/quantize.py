@@ -60,7 +60,10 @@ def _group_size(text: str) -> GroupSize:
     if text == "tensor":
         return "tensor"
     if not text.isdecimal():
-        raise CommandError(f"--group-size must be a number, channel or tensor, got {text!r}")
+        raise CommandError(
+            "--group-size must be a power of two >= 32, channel (one scale a channel) or tensor, "
+            f"got {text!r}"
+        )
     return int(text)
 
 

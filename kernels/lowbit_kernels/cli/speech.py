@@ -18,6 +18,12 @@ from lowbit_kernels.cli.errors import CommandError, first_line, require
 
 Kind = Literal["ctc", "seq2seq", "encoder"]
 
+# what transformers reads them from
+_FILES = {
+    "AutoFeatureExtractor": ("preprocessor_config.json", "processor_config.json"),
+    "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "vocab.json"),
+}
+
 # mel front ends normalize over frames, which needs several of them
 _LEAST_MEL_SECONDS = 0.1
 
@@ -59,8 +65,14 @@ class Speech:
         try:
             return getattr(transformers, auto).from_pretrained(self.source)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            folder, problem = Path(self.source), first_line(error)
+            if folder.is_dir() and not any((folder / name).is_file() for name in _FILES[auto]):
+                problem = (
+                    f"{_FILES[auto][0]} is missing; save that of the float model there, by "
+                    f"AutoProcessor.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
+                )
             raise CommandError(
-                f"{self.name}: no usable {what} beside the model ({first_line(error)})"
+                f"{self.name}: no usable {what} beside the model: {problem}"
             ) from None
 
     @property

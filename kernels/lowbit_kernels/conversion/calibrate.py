@@ -1,10 +1,12 @@
 """Static input scales: the largest input each layer sees on calibration clips."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowbit_kernels.conversion.evaluation import evaluating
 
 INT8_MAX = 127
 
@@ -20,7 +22,7 @@ def observe_input_scales(
     It is max |input| / 127; where the layer has an input offset, max |input - offset| / 127.
 
     Args:
-        model: the float model; left in the mode it was in.
+        model: the float model; every module of it is left in the mode it was in.
         layers: the layers to watch, by name.
         clips: each a tensor (the model's first argument; a 1-D waveform becomes a batch of one) or
             a mapping of keyword arguments.
@@ -30,8 +32,8 @@ def observe_input_scales(
         Scales of the layers that were called; a model may hold others.
 
     Raises:
-        ValueError: if there is no clip, or a layer that was called never saw a finite, non-zero
-            input.
+        ValueError: if there is no clip, something that is none, or a layer that was called and
+            never saw a finite, non-zero input.
     """
     largest: dict[str, Tensor] = {}
 
@@ -45,18 +47,16 @@ def observe_input_scales(
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    was_training, count = model.training, 0
-    model.eval()
+    count = 0
     try:
-        with torch.inference_mode():
-            for clip in clips:
+        with evaluating(model):
+            for clip in _check_clips(clips):
                 count += 1
                 if isinstance(clip, Mapping):
                     model(**clip)
                 else:
                     model(clip[None] if clip.dim() == 1 else clip)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if not count:
@@ -67,4 +67,14 @@ def observe_input_scales(
                 f"calibration must give every static layer a finite, non-zero input; "
                 f"{name!r} saw a largest magnitude of {amax.item()}"
             )
-    return {name: (amax / INT8_MAX).clone() for name, amax in largest.items()}
+    return {name: amax / INT8_MAX for name, amax in largest.items()}
+
+
+def _check_clips(clips: Iterable[Any]) -> Iterator[Tensor | Mapping[str, Any]]:
+    for i, clip in enumerate(clips):
+        if not isinstance(clip, Mapping) and not (isinstance(clip, Tensor) and clip.dim()):
+            raise ValueError(
+                "calibration must hold waveforms [S], [B, S] or mappings, "
+                f"got a {type(clip).__name__} at {i}"
+            )
+        yield clip

@@ -11,9 +11,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lowbit_kernels.conversion.calibrate import observe_input_scales
+from lowbit_kernels.conversion.evaluation import evaluating
 from lowbit_kernels.conversion.expose import exposed
-from lowbit_kernels.conversion.plan import Decision, make_plan
+from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patterns
 from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, OFFSETS, finish
+from lowbit_kernels.conversion.replace import replace_modules
 from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
 from lowbit_kernels.formats import METHODS, QuantConfig, QuantSpec
 from lowbit_kernels.modules import QConv1d, QLinear, folded_weight, takes_offset
@@ -53,16 +55,22 @@ def quantize(
         A report with every layer: what replaced it, bits, bytes, SQNR, and what was left and why.
 
     Raises:
-        ValueError: for a wrong argument, a weight that is not finite, a model whose layers lie on
-            several devices, or a static scale without calibration; the model is unchanged.
+        ValueError: for a wrong argument, a weight that is not finite, a model that is itself the
+            layer or whose layers lie on several devices, or a static scale without calibration; the
+            model is unchanged.
         NotImplementedError: for input kinds that this version does not compute with.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got a {type(model).__name__}")
     config = _as_config(config)
     if deterministic:
         config = _deterministic(config)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    with exposed(model):
+    if isinstance(calibration, str | Mapping) or not isinstance(calibration, Iterable | None):
+        raise ValueError(f"calibration must be an iterable of clips, got {calibration!r}")
+    # a buffer made in inference mode could not be part of a training step later on
+    with torch.inference_mode(False), torch.no_grad(), exposed(model):
         return _quantize(model, config, calibration, method, dry_run)
 
 
@@ -74,10 +82,10 @@ def _quantize(
     dry_run: bool,
 ) -> QuantizationReport:
     plan = [_with_calibration(d, calibration is not None) for d in make_plan(model, config)]
+    _check_layers([decision for decision in plan if decision.spec is not None])
     offsets = _find_offsets(model, plan)
     plan = [_with_offset(d, offsets) for d in plan]
     chosen = [decision for decision in plan if decision.spec is not None]
-    _check_devices(chosen)
     before = _bytes(model)
     # every new layer is made before the first old one goes, so an error leaves the model as it was
     layers = {d.name: _quantized_layer(d, method) for d in _progress(chosen)}
@@ -97,15 +105,14 @@ def _quantize(
     reports = tuple(_report(d, layers.get(d.name)) for d in plan)
     after = before + sum(r.bytes_after - r.bytes_before for r in reports)
     if not dry_run:
-        for name, layer in layers.items():
-            if not name:
-                raise ValueError("model must contain the layer, got the layer itself")
-            model.set_submodule(name, layer)
+        replace_modules(model, {d.module: layers[d.name] for d in chosen if d.name in layers})
         if layers:
             adapt(model)
             finish(model, config)
-    notes = () if chosen else ("nothing was quantized: no layer matched the config",)
-    return QuantizationReport(reports, before, after, notes)
+    notes = unmatched_patterns(plan, config)
+    if not chosen:
+        notes.append("nothing was quantized: no layer matched the config")
+    return QuantizationReport(reports, before, after, tuple(notes))
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -114,14 +121,13 @@ def dequantize(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QLinear | QConv1d):
-            model.set_submodule(name, module.to_float())
-    for name, module in list(model.named_modules()):
+    layers = [module for module in model.modules() if isinstance(module, QLinear | QConv1d)]
+    replace_modules(model, {layer: layer.to_float() for layer in layers})
+    for module in list(model.modules()):
         for adapter in (*ADAPTERS, *EXPOSERS):
             restored = adapter.restore(module)
             if restored is not module:
-                model.set_submodule(name, restored)
+                replace_modules(model, {module: restored})
     finish(model, None)
     return model
 
@@ -153,11 +159,13 @@ def _with_calibration(decision: Decision, calibrated: bool) -> Decision:
 
 def _find_offsets(model: nn.Module, plan: list[Decision]) -> dict[str, Tensor]:
     """The input offsets of the convolutions that get int8 inputs and can take one."""
-    able = {d.name for d in plan if d.spec and d.spec.inputs == "int8" and _takes_offset(d.module)}
-    found: dict[str, Tensor] = {}
-    for find in OFFSETS if able else ():
-        found |= find(model)
-    return {name: offset for name, offset in found.items() if name in able}
+    able = [d for d in plan if d.spec and d.spec.inputs == "int8" and _takes_offset(d.module)]
+    found: dict[nn.Module, Tensor] = {}
+    if able:
+        with evaluating(model):
+            for find in OFFSETS:
+                found |= find(model)
+    return {d.name: found[d.module] for d in able if d.module in found}
 
 
 def _takes_offset(module: nn.Module) -> bool:
@@ -176,7 +184,9 @@ def _leave_unused(decision: Decision) -> Decision:
     return dataclasses.replace(decision, spec=None, reason="no calibration clip reached it")
 
 
-def _check_devices(chosen: list[Decision]) -> None:
+def _check_layers(chosen: list[Decision]) -> None:
+    if any(not decision.name for decision in chosen):
+        raise ValueError("model must contain the layer, got the layer itself")
     devices = {str(p.device) for d in chosen for p in d.module.parameters()}
     if len(devices) > 1:
         raise ValueError(f"model must lie on one device, got layers on {sorted(devices)}")
@@ -209,29 +219,30 @@ def _quantized_layer(decision: Decision, method: str) -> QLinear | QConv1d:
 
 def adapt(model: nn.Module) -> None:
     """Let every registered adapter stand in for the modules it matches, in place."""
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         for adapter in ADAPTERS:
             if adapter.matches(module):
                 adapted = adapter.adapt(module)
                 if adapted is not module:
-                    model.set_submodule(name, adapted)
+                    replace_modules(model, {module: adapted})
 
 
 def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
     before = _bytes(decision.module)
     kind = type(decision.module).__name__.removeprefix("Parametrized")
+    names = f"also registered as {', '.join(decision.other_names)}" if decision.other_names else ""
     if layer is None:
-        return LayerReport(decision.name, kind, None, decision.reason, before, before)
+        return LayerReport(decision.name, kind, None, decision.reason, before, before, note=names)
     wanted = _weight_of(decision.module).float()
     noise = layer.weight.as_subclass(Tensor).float() - wanted
     signal_power, noise_power = _row_power(wanted), _row_power(noise)
     rows = _decibels(signal_power, noise_power)
     whole = _decibels(signal_power.sum(), noise_power.sum()).item()
     coarse = (rows < whole - _COARSE_ROW_DB).nonzero().flatten().tolist()
-    note = ""
+    notes = [names] if names else []
     if coarse and layer.spec.group:
         first = ", ".join(map(str, coarse[:4])) + (", ..." if len(coarse) > 4 else "")
-        note = f"coarse rows (one huge group each): {first}"
+        notes.append(f"coarse rows (one huge group each): {first}")
     return LayerReport(
         decision.name,
         kind,
@@ -241,7 +252,7 @@ def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
         _bytes(layer),
         wanted.numel() if layer.spec.inputs == "int8" else 0,
         round(whole, 2),
-        note,
+        "; ".join(notes),
     )
 
 

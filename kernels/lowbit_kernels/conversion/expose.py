@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lowbit_kernels.conversion.registry import EXPOSERS
+from lowbit_kernels.conversion.replace import replace_modules
 from lowbit_kernels.modules import QuantizedModule
 
 
@@ -27,18 +28,18 @@ def exposed(model: nn.Module, only: Collection[str] | None = None) -> Iterator[N
             if name and _holds(name, only) and exposer.matches(module):
                 stand_in = exposer.adapt(module)
                 if stand_in is not module:
-                    model.set_submodule(name, stand_in)
-                replaced.append((name, module, stand_in, exposer))
+                    replace_modules(model, {module: stand_in})
+                replaced.append((module, stand_in, exposer))
     try:
         yield
     finally:
-        for name, module, stand_in, exposer in replaced:
+        for module, stand_in, exposer in replaced:
             if any(isinstance(part, QuantizedModule) for part in stand_in.modules()):
                 continue
             if stand_in is module:
                 exposer.restore(module)
             else:
-                model.set_submodule(name, module)
+                replace_modules(model, {stand_in: module})
 
 
 def _holds(name: str, only: Collection[str] | None) -> bool:

@@ -1,26 +1,35 @@
 """Which layer of a model becomes what: decided once, before anything is changed."""
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from lowbit_kernels.conversion.registry import ADAPTERS
+from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import QuantConfig, QuantSpec
-from lowbit_kernels.modules import QuantizedModule
+from lowbit_kernels.formats.config import DEFAULT_SKIP
+from lowbit_kernels.modules import QuantizedModule, check_spec
 
 # their children are read by weight, not called
 _WEIGHT_READERS = (nn.MultiheadAttention,)
-_SERVED_INPUTS = (None, "int8")
+# hold matrices, too, and are listed so that nobody wonders where the bytes went
+_NOT_SERVED = (nn.modules.conv._ConvNd, nn.RNNBase, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
+_PRECEDENCE = ("override", "skip", "default")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one layer: ``spec`` is ``None`` where it is left alone."""
+    """What becomes of one layer: ``spec`` is ``None`` where it is left alone.
+
+    ``other_names``: the layer is registered under these, too.
+    """
 
     name: str
     module: nn.Module
     spec: QuantSpec | None
     reason: str
+    other_names: tuple[str, ...] = ()
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -37,14 +46,14 @@ def is_plain(module: nn.Module) -> bool:
 def make_plan(model: nn.Module, config: QuantConfig) -> list[Decision]:
     """One decision for every linear layer and convolution, in the model's order.
 
+    Layers of other kinds that hold a matrix are listed as left alone.
+
     Raises:
         NotImplementedError: for input kinds that this version does not compute with.
     """
     for spec in (config.default, *config.overrides.values()):
-        if spec is not None and spec.inputs not in _SERVED_INPUTS:
-            raise NotImplementedError(
-                f"inputs must be one of {_SERVED_INPUTS} in this version, got {spec.inputs!r}"
-            )
+        if spec is not None:
+            check_spec("config", spec)
     readers = {
         id(child)
         for module in model.modules()
@@ -53,34 +62,62 @@ def make_plan(model: nn.Module, config: QuantConfig) -> list[Decision]:
     }
     shared = _shared_weights(model)
     plan = []
-    for name, module in model.named_modules():
+    for module, names in names_of(model).items():
         if isinstance(module, QuantizedModule):
-            plan.append(Decision(name, module, None, "quantized already"))
+            plan.append(Decision(names[0], module, None, "quantized already", names[1:]))
         elif isinstance(module, nn.Linear | nn.Conv1d):
-            plan.append(_decide(name, module, config, readers, shared))
+            spec, reason = _decide(names, module, config, readers, shared)
+            plan.append(Decision(names[0], module, spec, reason, names[1:]))
+        elif isinstance(module, _NOT_SERVED):
+            reason = f"nn.{_nn_name(module)} is not served"
+            plan.append(Decision(names[0], module, None, reason, names[1:]))
     return plan
 
 
+def unmatched_patterns(plan: list[Decision], config: QuantConfig) -> list[str]:
+    """A remark for every override, and every skip but the default ones, that matches no layer."""
+    names = [name for decision in plan for name in (decision.name, *decision.other_names)]
+    patterns = [("override", pattern) for pattern in config.overrides]
+    patterns += [("skip", pattern) for pattern in config.skip if pattern not in DEFAULT_SKIP]
+    return [
+        f"{kind} {pattern!r} matched no layer"
+        for kind, pattern in patterns
+        if not any(re.search(pattern, name) for name in names)
+    ]
+
+
 def _decide(
-    name: str, module: nn.Module, config: QuantConfig, readers: set[int], shared: set[int]
-) -> Decision:
-    spec, rule = config.spec_for(name)
+    names: tuple[str, ...],
+    module: nn.Module,
+    config: QuantConfig,
+    readers: set[int],
+    shared: set[int],
+) -> tuple[QuantSpec | None, str]:
+    """The spec of a layer and the reason, from the strongest rule for any of its names."""
+    found = [config.spec_for(name) for name in names]
+    spec, rule = min(found, key=lambda each: _PRECEDENCE.index(each[1].partition(" ")[0]))
     if spec is None:
-        return Decision(name, module, None, rule)
+        return None, rule
     if id(module) in readers:
-        return Decision(name, module, None, "its weight is read by nn.MultiheadAttention")
+        return None, "its weight is read by nn.MultiheadAttention"
     if not is_plain(module):
-        return Decision(name, module, None, f"{type(module).__name__} is not plain nn")
+        return None, f"{type(module).__name__} is not plain nn"
     if _weight_id(module) in shared:
-        return Decision(name, module, None, "its weight is shared with another module")
+        return None, "its weight is shared with another module"
     if isinstance(module, nn.Conv1d):
         if module.padding_mode != "zeros":
-            return Decision(name, module, None, f"padding_mode {module.padding_mode!r}")
+            return None, f"padding_mode {module.padding_mode!r}"
         if module.in_channels == 1 and rule == "default":
-            return Decision(name, module, None, "one input channel: little to gain")
+            return None, "one input channel: little to gain"
         if module.groups > 1 and not spec.symmetric:
-            return Decision(name, module, None, "grouped convolutions take symmetric weights")
-    return Decision(name, module, spec, rule)
+            return None, "grouped convolutions take symmetric weights"
+    return spec, rule
+
+
+def _nn_name(module: nn.Module) -> str:
+    """The class of torch.nn that a module is an instance of."""
+    kinds = type(module).__mro__
+    return next(k.__name__ for k in kinds if k.__module__.startswith("torch.nn.modules"))
 
 
 def _weight_id(module: nn.Module) -> int:

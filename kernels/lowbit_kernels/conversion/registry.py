@@ -32,8 +32,9 @@ ADAPTERS: list[Adapter] = []
 # adapters that must act before a plan is made: they turn raw weights into layers, or make a module
 # call the layers that calibration watches
 EXPOSERS: list[Adapter] = []
-# each finds input offsets [C] of a float model's convolutions, by name (``QuantSpec.input_offset``)
-OFFSETS: list[Callable[[nn.Module], dict[str, Tensor]]] = []
+# each finds input offsets [C] of a model's convolutions (``QuantSpec.input_offset``); the model is
+# in eval mode, without gradients, while it does
+OFFSETS: list[Callable[[nn.Module], dict[nn.Module, Tensor]]] = []
 FINISHERS: list[Callable[[nn.Module, QuantConfig | None], None]] = []
 
 

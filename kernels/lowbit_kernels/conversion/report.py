@@ -50,7 +50,7 @@ class QuantizationReport:
     Prints as a table in which layers that repeat share a line; ``to_dict`` has each of them.
 
     Args:
-        layers: every linear layer and convolution of the model.
+        layers: every linear layer and convolution of the model, and others that hold matrices.
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
         notes: remarks about the whole model.
     """

@@ -1,7 +1,7 @@
 """QuantConfig: which layer of a model gets which QuantSpec."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,15 +39,19 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.default, QuantSpec):
             raise ValueError(f"default must be a QuantSpec, got {self.default!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(
+                f"overrides must be a mapping from patterns to specs, got {self.overrides!r}"
+            )
         object.__setattr__(self, "overrides", dict(self.overrides))
-        if isinstance(self.skip, str):
-            raise ValueError(f"skip must be a sequence of patterns, got the string {self.skip!r}")
+        if isinstance(self.skip, str) or not isinstance(self.skip, Iterable):
+            raise ValueError(f"skip must be a sequence of patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
         for name, patterns in (("overrides", self.overrides), ("skip", self.skip)):
             for pattern in patterns:
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, TypeError) as error:
                     raise ValueError(
                         f"{name} must hold regular expressions, got {pattern!r}: {error}"
                     ) from None
@@ -100,6 +104,8 @@ class QuantConfig:
         known = {"default", "overrides", "skip", "attention_matmuls"}
         if unknown := set(data) - known:
             raise ValueError(f"a QuantConfig has {sorted(known)}, got {sorted(unknown)}")
+        if "default" not in data:
+            raise ValueError(f"a QuantConfig must have a 'default', got {sorted(data)}")
         return cls(
             default=QuantSpec(**data["default"]),
             overrides={k: v and QuantSpec(**v) for k, v in data.get("overrides", {}).items()},

@@ -17,7 +17,7 @@ class QuantSpec:
     Args:
         bits: bits a weight: 1, 2, 4 or 8.
         group_size: weights that share a scale along the reduction: a power of two >= 32, ``None``
-            (one scale an output channel), ``"tensor"`` (one scale), or ``"auto"``, which becomes 64
+            (one scale a channel), ``"tensor"`` (one scale), or ``"auto"``, which becomes 64
             for 4 and 2 bits and ``None`` for 8 and 1. 8 bits take ``None`` or ``"tensor"``.
         symmetric: levels around zero. Asymmetric weights: 2 and 4 bits with ``inputs=None``.
         inputs: ``None`` (16-bit or float arithmetic), ``"int8"``, ``"fp8"``, ``"int4"``, ``"int2"``
@@ -42,7 +42,7 @@ class QuantSpec:
     input_offset: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits not in BITS:
             raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
         if self.group_size == "auto":
             object.__setattr__(self, "group_size", 64 if self.bits in (2, 4) else None)
@@ -55,7 +55,8 @@ class QuantSpec:
             raise ValueError(f"input_scale must be one of {INPUT_SCALES}, got {self.input_scale!r}")
         if not isinstance(self.deterministic, bool):
             raise ValueError(f"deterministic must be True or False, got {self.deterministic!r}")
-        if self.input_offset not in (True, False) or (self.input_offset and self.inputs != "int8"):
+        is_bool = isinstance(self.input_offset, bool)
+        if not is_bool or (self.input_offset and self.inputs != "int8"):
             raise ValueError(
                 "input_offset must be False, or True with inputs='int8', "
                 f"got {self.input_offset!r} with inputs={self.inputs!r}"
@@ -70,16 +71,19 @@ class QuantSpec:
         size = self.group_size
         if size is None or size == "tensor":
             if not self.symmetric:
-                raise ValueError(f"group_size must be a number with symmetric=False, got {size!r}")
+                raise ValueError(
+                    f"group_size must be a power of two >= 32 with symmetric=False, got {size!r}"
+                )
             return
         if self.bits == 8:
             raise ValueError(
-                "group_size must be None or 'tensor' with bits=8 (a group scale would leave int8), "
-                f"got {size!r}"
+                "group_size must be None (one scale a channel) or 'tensor' with bits=8, as a group "
+                f"scale would leave int8, got {size!r}"
             )
         if not isinstance(size, int) or isinstance(size, bool) or size < 32 or size & (size - 1):
             raise ValueError(
-                f"group_size must be a power of two >= 32, None, 'tensor' or 'auto', got {size!r}"
+                "group_size must be a power of two >= 32, None (one scale a channel), 'tensor' or "
+                f"'auto', got {size!r}"
             )
 
     @property

@@ -104,11 +104,15 @@ class MaskedFeatureEncoder(Swapped):
 
 
 def matches_front_end(module: nn.Module) -> bool:
+    """Whether a module has a front end that does not ignore padding yet."""
+    return has_front_end(module) and not isinstance(module.feature_extractor, Swapped)
+
+
+def has_front_end(module: nn.Module) -> bool:
     """Whether a module is a model of transformers that calls a convolutional front end."""
     encoder = module._modules.get("feature_extractor")
     return (
         encoder is not None
-        and not isinstance(encoder, Swapped)
         and type(encoder).__name__.endswith(("FeatureEncoder", "FeatureExtractor"))
         and type(encoder).__module__.startswith("transformers.")
         and isinstance(getattr(encoder, "conv_layers", None), nn.ModuleList)

@@ -3,15 +3,18 @@
 Imports transformers, and is imported by it or with it: never by ``import lowbit_kernels``.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit_kernels.conversion import adapt, dequantize, exposed, quantize
 from lowbit_kernels.formats import QuantConfig
+from lowbit_kernels.integrations import checksum
 from lowbit_kernels.integrations.huggingface_config import QUANT_METHOD, LowbitConfig
 from lowbit_kernels.integrations.skeletons import layer_table, place_skeletons
 from lowbit_kernels.modules import QuantizedModule
@@ -27,19 +30,27 @@ class LowbitQuantizer(HfQuantizer):
     """What transformers calls around the loading and saving of a model.
 
     A float checkpoint is loaded in float and converted afterwards; a quantized one is loaded into
-    empty quantized layers. Tensors on their way from the file are never touched.
+    empty quantized layers. Tensors on their way from the file are never touched. A checksum is
+    written with them and compared before they are loaded.
     """
 
     quantization_config: LowbitConfig
+    _shapes: dict[str, torch.Size]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
-            with exposed(model):
-                place_skeletons(model, self.quantization_config.layers)
+        if not self.pre_quantized:
+            return
+        # None where the caller hands in a state dict
+        if files := kwargs.get("checkpoint_files"):
+            checksum.check_files([Path(file) for file in files])
+        with exposed(model):
+            place_skeletons(model, self.quantization_config.layers)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.quant_config
         if self.pre_quantized:
+            _check_loaded(model, self._shapes)
             _check_scales(model)
             adapt(model)
             attach(model, config)
@@ -49,6 +60,20 @@ class LowbitQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize(model)
         return model if dtype is None else model.to(dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """What ``save_pretrained`` adds to the file's metadata: the checksum of its tensors."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are written
+            return None, {}
+        ignored = model._keys_to_ignore_on_save or ()
+        state = {n: tensor for n, tensor in model.state_dict().items() if n not in ignored}
+        stored = revert_weight_conversion(model, state).values()
+        # known after the save only: tensors that it merges or splits, that are offloaded or sharded
+        if {*map(id, state.values())} != {*map(id, stored)} or any(
+            tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in stored
+        ):
+            return None, {}
+        return None, {checksum.KEY: checksum.checksum(stored)}
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works: yes."""
@@ -113,6 +138,21 @@ def _set_quantized(model: Any, value: bool) -> None:
     for module in model.modules():
         if is_pretrained(module):
             module.config._is_quantized = value
+
+
+def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """Refuse tensors of another shape, and quantized layers that got none, whatever the caller."""
+    for name, tensor in model.state_dict().items():
+        wanted = shapes.get(name, tensor.shape)
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} must be {list(wanted)}, got {list(tensor.shape)} in the file")
+    for name, module in model.named_modules():
+        # Accelerate's hooks move tensors, and lose transformers' mark of what came from the file
+        if not isinstance(module, QuantizedModule) or hasattr(module, "_hf_hook"):
+            continue
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise ValueError(f"{name}.{key} must be in the file in the layer's shape, got none")
 
 
 def _check_scales(model: nn.Module) -> None:

@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from lowbit_kernels.formats import FORMAT_VERSION
+from lowbit_kernels.integrations.skeletons import check_layers
+
+_CONFIG = "config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """How to rebuild a model, JSON-able; ``None`` if only its own code can."""
@@ -43,24 +49,87 @@ def is_quantized_pretrained(directory: Path) -> bool:
     return "quantization_config" in _config(directory)
 
 
-def inspect_pretrained(directory: Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Model class and quantized layers of a transformers checkpoint that this library quantized."""
-    config = _config(directory)
-    return (config.get("architectures") or ["?"])[0], config["quantization_config"]["layers"]
+def inspect_pretrained(directory: Path) -> tuple[str, int, dict[str, dict[str, Any]]]:
+    """Model class, format version and layers of a transformers checkpoint quantized here.
+
+    Raises:
+        ValueError: naming the file: of a newer format version, or with a wrong layer table.
+    """
+    path, config = directory / _CONFIG, _config(directory)
+    stored = config["quantization_config"]
+    found = stored.get("version", FORMAT_VERSION)
+    if not isinstance(found, int) or found > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {found!r}, this release reads up to {FORMAT_VERSION}; "
+            "upgrade lowbit-kernels"
+        )
+    layers = stored.get("layers")
+    try:
+        check_layers(layers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return (config.get("architectures") or ["?"])[0], found, layers
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of a transformers checkpoint that hold its weights.
+
+    Raises:
+        ValueError: naming the file: there are none, or the index of the shards cannot be read.
+    """
+    whole, index = directory / _WEIGHTS, directory / _INDEX
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise ValueError(f"{whole}: not found, so there are no weights")
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: truncated or not an index of shards ({error!r})") from None
+    return [directory / name for name in names]
 
 
 def load_pretrained(directory: Path) -> nn.Module:
-    """Load a quantized transformers checkpoint as the class that it names."""
+    """Load a quantized transformers checkpoint as the class that it names.
+
+    Raises:
+        ValueError: naming the file: whatever does not fill the model exactly.
+    """
     import transformers
 
-    name, _ = inspect_pretrained(directory)
-    model: nn.Module = getattr(transformers, name).from_pretrained(directory)
-    return model
+    name, _, _ = inspect_pretrained(directory)
+    files = weight_files(directory)
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"{directory / _CONFIG}: architectures must name a model of transformers "
+            f"{transformers.__version__}, got {name!r}"
+        )
+    # mismatches are asked for, to be refused below in words that name the tensor
+    model, found = kind.from_pretrained(  # type: ignore[attr-defined]
+        directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    _check_complete(files[0] if len(files) == 1 else directory / _INDEX, name, found)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _check_complete(path: Path, kind: str, found: dict[str, Any]) -> None:
+    for key, in_file, in_model in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{path}: {key!r} is {list(in_file)} in the file and {list(in_model)} in the model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{path}: lacks {len(missing)} tensors of a {kind}, {missing[0]!r} first")
+    if extra := sorted(found["unexpected_keys"]):
+        raise ValueError(
+            f"{path}: a {kind} has no place for {len(extra)} tensors, {extra[0]!r} first"
+        )
 
 
 def _config(directory: Path) -> dict[str, Any]:
     try:
-        config = json.loads((directory / "config.json").read_bytes())
+        config = json.loads((directory / _CONFIG).read_bytes())
     except (OSError, ValueError):
         return {}
     quantization = config.get("quantization_config") or {}

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit_kernels.conversion.replace import replace_modules
 from lowbit_kernels.formats import QuantSpec
 from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
 
@@ -23,6 +24,19 @@ def layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
+def check_layers(layers: Any) -> None:
+    """Raise ``ValueError`` for a table that ``layer_table`` cannot have written."""
+    if not isinstance(layers, Mapping):
+        raise ValueError(f"layers must be a table of quantized layers, got {layers!r}")
+    for name, entry in layers.items():
+        if not isinstance(entry, Mapping) or entry.get("kind") not in _KINDS:
+            raise ValueError(f"layers[{name!r}] must have a kind of {tuple(_KINDS)}, got {entry!r}")
+        try:
+            QuantSpec(**entry.get("spec"))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layers[{name!r}] must have a valid spec: {error}") from None
+
+
 def place_skeletons(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the layers that a table names by empty quantized ones of the same shape.
 
@@ -34,8 +48,10 @@ def place_skeletons(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None
         layers: as ``layer_table`` returns it.
 
     Raises:
-        ValueError: if a layer is not there or is of another kind; the model is unchanged.
+        ValueError: if a layer is not there or is of another kind, or a spec is none; the model is
+            unchanged.
     """
+    check_layers(layers)
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
     skeletons = {}
@@ -43,17 +59,16 @@ def place_skeletons(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None
         local = _local_name(name, prefix, modules)
         if local is None and _is_head(name, prefix, layers):
             continue
-        kind, base = _KINDS.get(entry["kind"], (None, nn.Module))
+        kind, base = _KINDS[entry["kind"]]
         old = modules.get(local or name)
-        if kind is None or not isinstance(old, base):
+        if not isinstance(old, base):
             found = "nothing" if old is None else f"a {type(old).__name__}"
             raise ValueError(
                 f"quantization_config.layers must fit the model: it has a {entry['kind']} {name!r} "
                 f"where {type(model).__name__} has {found}"
             )
         skeletons[local or name] = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
-    for name, layer in skeletons.items():
-        model.set_submodule(name, layer)
+    replace_modules(model, {modules[name]: layer for name, layer in skeletons.items()})
 
 
 def _local_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -22,6 +22,25 @@ _DATA = vars(torch._C.TensorBase)["data"]
 _GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 
 
+SERVED_INPUTS = (None, "int8")
+
+
+def check_spec(name: str, spec: QuantSpec) -> QuantSpec:
+    """A spec that layers compute with.
+
+    Raises:
+        ValueError: if it is no ``QuantSpec``; ``name`` is the argument's.
+        NotImplementedError: for input kinds that this version does not compute with.
+    """
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(f"{name} must be a QuantSpec, got {spec!r}")
+    if spec.inputs not in SERVED_INPUTS:
+        raise NotImplementedError(
+            f"inputs must be one of {SERVED_INPUTS} in this version, got {spec.inputs!r}"
+        )
+    return spec
+
+
 class DequantizedWeight(Tensor):
     """The dequantized weight a module hands out. Writing into it requantizes the module.
 

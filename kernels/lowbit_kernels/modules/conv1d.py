@@ -15,7 +15,7 @@ from lowbit_kernels.formats import (
     quantize_weight,
 )
 from lowbit_kernels.matmul import low_bit_linear
-from lowbit_kernels.modules.base import QuantizedModule
+from lowbit_kernels.modules.base import QuantizedModule, check_spec
 
 _ATTRIBUTES = (
     "in_channels",
@@ -52,8 +52,9 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         spec: how the weight and the input are quantized; ``None`` means ``QuantSpec()``.
 
     Raises:
-        ValueError: for ``spec.input_offset`` with padding or groups.
-        NotImplementedError: for a ``padding_mode`` other than ``"zeros"``.
+        ValueError: for ``spec.input_offset`` with padding, groups or one tap.
+        NotImplementedError: for a ``padding_mode`` other than ``"zeros"``, or ``spec.inputs`` that
+            this version does not compute with.
     """
 
     input_offset: Tensor | None
@@ -61,7 +62,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
 
     def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
         conv = nn.Conv1d(*args, **kwargs)
-        self._init(conv, spec or QuantSpec())
+        self._init(conv, QuantSpec() if spec is None else spec)
         if conv.weight.is_meta:
             self._set_quantized(self._empty())
         else:
@@ -69,6 +70,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         self.register_parameter("bias", conv._parameters["bias"])
 
     def _init(self, conv: nn.Conv1d, spec: QuantSpec) -> None:
+        check_spec("spec", spec)
         if conv.padding_mode != "zeros":
             raise NotImplementedError(
                 f"padding_mode must be 'zeros' for a QConv1d, got {conv.padding_mode!r}"
@@ -79,8 +81,8 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         self.spec = spec
         if spec.input_offset and not takes_offset(conv):
             raise ValueError(
-                "spec.input_offset must be False for a convolution with padding or groups, "
-                f"got True for {conv}"
+                "spec.input_offset must be False for a convolution with padding, groups or one "
+                f"tap, got True for {conv}"
             )
 
     def _set_quantized(self, weight: QuantizedWeight) -> None:
@@ -91,9 +93,23 @@ class QConv1d(QuantizedModule, nn.Conv1d):
             self.register_buffer(name, zeros if self.spec.input_offset else None)
 
     def set_input_offset(self, offset: Tensor) -> None:
-        """Quantize the input around ``offset`` [C]; needs ``spec.input_offset``."""
-        assert self.input_offset is not None, "the spec has input_offset"
-        self.input_offset.copy_(offset)
+        """Quantize the input around ``offset``.
+
+        Args:
+            offset: [C], finite, any floating-point dtype.
+
+        Raises:
+            ValueError: if ``spec.input_offset`` is False, or for another shape or values that are
+                not finite; the layer is unchanged.
+        """
+        if self.input_offset is None:
+            raise ValueError("spec.input_offset must be True to set an input offset, got False")
+        if offset.shape != (self.in_channels,) or not offset.isfinite().all():
+            raise ValueError(
+                f"offset must be finite and of shape {(self.in_channels,)}, "
+                f"got {offset.dtype} {tuple(offset.shape)}"
+            )
+        self.input_offset.copy_(offset.detach())
         self._weight_changed()
 
     def _weight_changed(self) -> None:
@@ -206,7 +222,11 @@ class QConv1d(QuantizedModule, nn.Conv1d):
 
 
 def takes_offset(conv: nn.Conv1d) -> bool:
-    """Whether a convolution can quantize its input around an offset: no padding, no groups."""
+    """Whether a convolution can quantize its input around an offset.
+
+    Padding is zero, not the offset; groups are not served; one tap is a linear layer over frames,
+    which has a scale a frame.
+    """
     unpadded = conv.padding in ((0,), "valid")
     return unpadded and conv.groups == 1 and conv.kernel_size[0] > 1
 

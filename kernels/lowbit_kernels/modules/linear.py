@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec, empty_weight, quantize_weight
 from lowbit_kernels.matmul import low_bit_linear
-from lowbit_kernels.modules.base import QuantizedModule
+from lowbit_kernels.modules.base import QuantizedModule, check_spec
 
 
 class QLinear(QuantizedModule, nn.Linear):
@@ -28,7 +28,8 @@ class QLinear(QuantizedModule, nn.Linear):
         spec: how the weight and the input are quantized; ``None`` means ``QuantSpec()``.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive or ``spec`` is no ``QuantSpec``.
+        NotImplementedError: for ``spec.inputs`` that this version does not compute with.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class QLinear(QuantizedModule, nn.Linear):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        spec = spec or QuantSpec()
+        spec = QuantSpec() if spec is None else check_spec("spec", spec)
         if device is not None and torch.device(device).type == "meta":
             self._init(in_features, out_features, spec)
             self._set_quantized(empty_weight(out_features, in_features, spec, device=device))
@@ -72,12 +73,13 @@ class QLinear(QuantizedModule, nn.Linear):
             method: rounding, see ``formats.quantize_weight``.
 
         Raises:
-            ValueError: if the weight is not finite or ``method`` is unknown.
+            ValueError: if the weight is not finite, ``method`` is unknown or ``spec`` is no
+                ``QuantSpec``.
+            NotImplementedError: for ``spec.inputs`` that this version does not compute with.
         """
-        weight = quantize_weight(linear.weight.detach(), spec, method)
         self = cls.__new__(cls)
-        self._init(linear.in_features, linear.out_features, spec)
-        self._set_quantized(weight)
+        self._init(linear.in_features, linear.out_features, check_spec("spec", spec))
+        self._set_quantized(quantize_weight(linear.weight.detach(), spec, method))
         self.register_parameter("bias", linear.bias)
         self.training = linear.training
         return self
