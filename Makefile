@@ -1,5 +1,5 @@
 # make demo | make test | make test-hf | make test-aot: each sets up its environment first and
-# reuses it afterwards
+# reuses it afterwards; make test-gpu installs nothing
 PYTHON       ?= python3
 TORCH        ?= torch==2.13.0
 TRANSFORMERS ?= transformers
@@ -7,11 +7,12 @@ VENV         ?= .venv
 BIN          := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-hf test-hf-oldest test-aot lint
+.PHONY: help demo test test-gpu test-hf test-hf-oldest test-aot lint
 
 help:
 	@echo "make demo            set up $(VENV) and run 'lowbit demo'"
 	@echo "make test            set up $(VENV) and run the test suite"
+	@echo "make test-gpu        the tests that use a GPU, with the packages that PYTHON has"
 	@echo "make test-hf         the tests of the transformers models alone"
 	@echo "make test-hf-oldest  the same with the oldest supported transformers, in .venv-hf-oldest"
 	@echo "make test-aot        compile every kernel for every supported GPU (none needs to be present)"
@@ -30,6 +31,9 @@ demo: $(VENV)/installed-hf,audio
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-gpu:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 8 --gpu
 
 test-hf: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/families tests/test_huggingface*.py

@@ -1,7 +1,7 @@
 """What every test and bench shares: the device, seeds, NaN poison, markers and our options."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before any kernel is imported: Triton reads it at import
     os.environ["TRITON_INTERPRET"] = "1"
+# what the extras bring: a module of tests that imports one of them is skipped where it is missing
+OPTIONAL = {"jiwer", "matplotlib", "peft", "sklearn", "soundfile", "soxr", "transformers"}
 # no test may reach a model hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -19,6 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--aot-all", action="store_true", help="compile kernels for every target, not sm_80/sm_90"
+    )
+    parser.addoption(
+        "--gpu", action="store_true", help="run only the tests that use a GPU where there is one"
     )
 
 
@@ -43,13 +48,38 @@ def pytest_report_header() -> str:
     return "lowbit: no GPU, kernels run in Triton's interpreter; tests marked gpu are skipped"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    call = getattr(report, "call", None)
+    cause = call.excinfo.value.__cause__ if report.failed and call and call.excinfo else None
+    if isinstance(cause, ModuleNotFoundError):
+        package = str(cause.name).partition(".")[0]
+        if package in OPTIONAL:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: needs {package}")
+    return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.gpu:
+        used = [
+            i for i in items if "gpu" in i.keywords or "device" in getattr(i, "fixturenames", ())
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in used])
+        items[:] = used
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _uses_gpu(item: pytest.Item) -> bool:
+    return "gpu" in item.keywords or "device" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture

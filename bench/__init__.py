@@ -2,3 +2,9 @@
 
 ``python -m bench list`` shows the cases. ``pytest --benchmark`` runs the microbenchmarks.
 """
+
+import sys
+from pathlib import Path
+
+# what lies beside this folder is measured, installed or not
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"bench: {error}", file=sys.stderr)
             return 2
         return 0
-    names = list(CASES) if options.what == ["all"] else options.what
+    names = everything() if options.what == ["all"] else options.what
     if unknown := [name for name in names if name not in CASES]:
         known = ", ".join(["list", "report", "all", *CASES])
         print(f"bench: CASE must be one of {known}, got {', '.join(unknown)}", file=sys.stderr)
@@ -53,14 +53,25 @@ def main(arguments: list[str] | None = None) -> int:
     if options.minutes <= 0 or options.threads < 1:
         print("bench: --minutes and --threads must be positive", file=sys.stderr)
         return 2
-    run(names, options, "python -m bench " + shlex.join(arguments))
-    return 0
+    return run(names, options, "python -m bench " + shlex.join(arguments))
+
+
+def everything() -> list[str]:
+    """The names behind ``all``: with a GPU the cases of the GPU, else those of the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [name for name, case in CASES.items() if not isinstance(case, ValueCase) or case.in_all]
+    left = [name for name in names if CASES[name].device != device]
+    if left:
+        why = "name the cases of the CPU" if device == "cuda" else "they need a CUDA GPU"
+        print(f"not run: {', '.join(left)} ({why})", file=sys.stderr)
+    return [name for name in names if name not in left]
 
 
 def list_cases() -> None:
     """Print each case with its providers and what is missing."""
     for case in CASES.values():
-        print(f"{case.name}: {case.title} ({case.device})")
+        lacking = "" if _has_device(case) else ", needs a CUDA GPU"
+        print(f"{case.name}: {case.title} ({case.device}{lacking})")
         if isinstance(case, ValueCase):
             continue
         print(f"  points: {', '.join(point.name for point in case.points)}")
@@ -71,24 +82,34 @@ def list_cases() -> None:
             print(f"  {provider.name}" + (f" ({', '.join(notes)})" if notes else ""))
 
 
-def run(names: list[str], options: argparse.Namespace, command: str) -> None:
-    """Run cases one after the other, each within its share of the time, and write their JSON."""
+def run(names: list[str], options: argparse.Namespace, command: str) -> int:
+    """Run cases one after the other, each within its share of the time, and write their JSON.
+
+    Returns:
+        1 if a case gave no result, which does not stop the others, or 0.
+    """
     torch.set_num_threads(options.threads)
-    cases = [CASES[name] for name in names if _has_device(CASES[name])]
+    if lacking := [name for name in names if not _has_device(CASES[name])]:
+        print(f"bench: {', '.join(lacking)} needs a CUDA GPU", file=sys.stderr)
+        return 2
+    cases, failed = [CASES[name] for name in names], False
     _warn()
     end = time.perf_counter() + 60 * options.minutes
     for i, case in enumerate(cases):
         about = environment(case.device, options.threads, command)
         share = case.weight / sum(other.weight for other in cases[i:])
-        record = run_case(case, share * (end - time.perf_counter()), options.slow)
-        print(write(record | about, options.results))
+        try:
+            record = run_case(case, share * (end - time.perf_counter()), options.slow)
+        except RuntimeError as error:
+            print(f"{case.name} gave no result: {error}", file=sys.stderr)
+            failed = True
+            continue
+        print(write(record | about, options.results), flush=True)
+    return int(failed)
 
 
 def _has_device(case: Case | ValueCase) -> bool:
-    if case.device == "cpu" or torch.cuda.is_available():
-        return True
-    print(f"{case.name} needs a CUDA GPU: not run", file=sys.stderr)
-    return False
+    return case.device == "cpu" or torch.cuda.is_available()
 
 
 def _warn() -> None:

@@ -12,6 +12,11 @@ def float32_error(K: int) -> float:
     return 4 * torch.finfo(torch.float32).eps * K**0.5
 
 
+def float_error(K: int, dtype: torch.dtype) -> float:
+    """Relative error of float32 sums of K products whose factors and result are of a dtype."""
+    return float32_error(K) + (0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
 def int8_input_error(x: Tensor, dim: int | tuple[int, ...]) -> float:
     """Twice the rounding noise of int8 inputs, relative to x.
 

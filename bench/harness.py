@@ -14,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.timing import Call, Spread, time_side_by_side, timer_for
+from bench.roofline import Roofline, measure_roofline
+from bench.timing import Call, Spread, host_seconds, time_side_by_side, timer_for
 
 Row = dict[str, Any]
+Result = Tensor | tuple[Tensor, ...]
 # how the report shows a case: a row a provider, a row a point, or one line a value
 Layout = Literal["providers", "points", "values"]
 
@@ -59,13 +61,15 @@ class Prepared:
         expected: what ``call`` must return to within ``max_error``; None: the baseline's result.
         weight_bytes: of the weights as stored.
         facts: further numbers for the record, read after the timing.
+        int8: whether it multiplies in int8, whose roofline is another.
     """
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Result]
     max_error: float
-    expected: Callable[[], Tensor] | None = None
+    expected: Callable[[], Result] | None = None
     weight_bytes: int = 0
     facts: Callable[[], Row] = dict
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,26 +102,28 @@ class Case:
         name: on the command line, and of the JSON file.
         title: one line for the report.
         points: the shapes.
-        make_inputs: what the providers share at a point.
+        make_inputs: what the providers share at a point, on a device and of a dtype.
         providers: with the baseline among them.
         baseline: name of the provider that ratios refer to.
-        cost: of a point.
+        cost: of a point, with the bytes an element of its inputs and outputs.
         layout: ``"providers"`` or ``"points"``.
         weight: share of a sitting's time, relative to the other cases.
         device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the inputs.
         probe: numbers about a (point, provider) that are measured apart, in a process of their own.
     """
 
     name: str
     title: str
     points: tuple[Point, ...]
-    make_inputs: Callable[[Point], Any]
+    make_inputs: Callable[[Point, str, torch.dtype], Any]
     providers: tuple[Provider, ...]
     baseline: str
-    cost: Callable[[Point], Cost]
+    cost: Callable[[Point, int], Cost]
     layout: Layout = "points"
     weight: float = 1.0
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     probe: Callable[[Point, Provider], Row] | None = None
 
     def provider(self, name: str) -> Provider:
@@ -137,6 +143,7 @@ class ValueCase:
         name, title, weight: as in ``Case``.
         measure: returns rows of ``{"name", "value", "unit"}``, with ``"q1"`` and ``"q3"`` where the
             value is a median, and ``"goal"`` where there is one.
+        in_all: whether ``all`` runs it.
     """
 
     name: str
@@ -145,6 +152,7 @@ class ValueCase:
     weight: float = 0.1
     device: str = "cpu"
     layout: Layout = "values"
+    in_all: bool = True
 
 
 def run_case(case: Case | ValueCase, seconds: float, slow: bool = False) -> Row:
@@ -152,7 +160,8 @@ def run_case(case: Case | ValueCase, seconds: float, slow: bool = False) -> Row:
 
     Args:
         case: what to run.
-        seconds: to spend; timing gets what preparing and probing leave of it.
+        seconds: to spend; timing gets what preparing and probing leave of it. Points that it does
+            not last for are left out, the first one never.
         slow: whether providers marked slow run too.
     """
     record: Row = {"case": case.name, "title": case.title, "layout": case.layout}
@@ -160,21 +169,39 @@ def run_case(case: Case | ValueCase, seconds: float, slow: bool = False) -> Row:
         return record | {"results": case.measure()}
     rows: list[Row] = []
     end = time.perf_counter() + seconds
+    roofline = measure_roofline(case.dtype) if case.device == "cuda" else None
+    record |= {"baseline": case.baseline, "dtype": str(case.dtype).removeprefix("torch.")}
+    record |= {"roofline": asdict(roofline)} if roofline is not None else {}
     for i, point in enumerate(case.points):
         started = time.perf_counter()
+        if rows and started > end:
+            record["left_out"] = [left.name for left in case.points[i:]]
+            _say(f"{case.name}: no time left for {', '.join(record['left_out'])}")
+            break
         share = (end - started) / (len(case.points) - i)
-        rows += _run_point(case, point, started + share, slow)
+        try:
+            rows += _run_point(case, point, started + share, slow, roofline)
+        except RuntimeError as error:
+            # after an access out of bounds the GPU serves this process no more: keep what is there
+            if not rows:
+                raise
+            record["stopped"] = f"{point.name}: {error}"[:500]
+            _say(f"{case.name} stopped at {record['stopped']}")
+            break
         _say(f"{case.name} {point.name}: {time.perf_counter() - started:.0f} s")
-    return record | {"baseline": case.baseline, "results": rows}
+    return record | {"results": rows}
 
 
-def _run_point(case: Case, point: Point, end: float, slow: bool) -> list[Row]:
-    inputs, cost = case.make_inputs(point), case.cost(point)
+def _run_point(
+    case: Case, point: Point, end: float, slow: bool, roofline: Roofline | None
+) -> list[Row]:
+    inputs = case.make_inputs(point, case.device, case.dtype)
+    cost = case.cost(point, case.dtype.itemsize)
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
     # the baseline goes first: the others are checked against it
     providers = sorted(case.providers, key=lambda p: p.name != case.baseline)
-    baseline_result: Tensor | None = None
+    baseline_result: Result | None = None
     for provider in providers:
         row = rows[provider.name] = {"point": point.name, "origin": point.origin}
         row |= {"sizes": point.sizes, "provider": provider.name}
@@ -196,8 +223,15 @@ def _run_point(case: Case, point: Point, end: float, slow: bool) -> list[Row]:
     with torch.inference_mode():
         calls: dict[str, Call] = {name: prepared.call for name, prepared in ready.items()}
         samples = time_side_by_side(calls, timer_for(case.device), end)
+        if case.device == "cuda":
+            for name, call in calls.items():
+                rows[name]["host_seconds"] = host_seconds(call)
     for name, prepared in ready.items():
         rows[name] |= _rates(samples[name], samples[case.baseline], cost, prepared)
+        if roofline is not None:
+            moved = cost.bytes + prepared.weight_bytes
+            floor = roofline.seconds(cost.flops, moved, prepared.int8)
+            rows[name]["roofline_share"] = floor / rows[name]["seconds"]["median"]
         rows[name] |= prepared.facts()
     return [rows[provider.name] for provider in case.providers]
 
@@ -212,13 +246,13 @@ def _probe(probe: Callable[[Point, Provider], Row], point: Point, provider: Prov
 
 
 def _prepare(
-    provider: Provider, inputs: Any, baseline_result: Tensor | None
+    provider: Provider, inputs: Any, baseline_result: Result | None
 ) -> tuple[Any, Any, Row]:
     """The prepared provider, its result, and whether that result is right."""
     try:
         prepared = provider.prepare(inputs)
         with torch.inference_mode():
-            result = prepared.call().clone()
+            result = _copy(prepared.call())
             expected = prepared.expected() if prepared.expected else baseline_result
     except Exception as error:
         _say(f"{provider.name} failed: {error}")
@@ -236,8 +270,19 @@ def _prepare(
     return prepared, result, verdict
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``expected``; inf for another shape."""
+def _copy(result: Result) -> Result:
+    return result.clone() if isinstance(result, Tensor) else tuple(x.clone() for x in result)
+
+
+def relative_error(actual: Result, expected: Result) -> float:
+    """Frobenius norm of the difference over that of ``expected``; inf for another shape.
+
+    The largest of those of its members for a tuple.
+    """
+    if isinstance(actual, tuple) or isinstance(expected, tuple):
+        errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        # max() would lose a NaN
+        return float(torch.tensor(errors).max())
     if actual.shape != expected.shape:
         return float("inf")
     wanted = expected.detach().double()

@@ -56,7 +56,7 @@ def _release() -> None:
 def _measure(case: Case, point: str, provider: str) -> Row:
     import transformers  # noqa: F401
 
-    inputs = case.make_inputs(case.point(point))
+    inputs = case.make_inputs(case.point(point), case.device, case.dtype)
     _release()
     bare = _status("VmRSS")
     prepared = case.provider(provider).prepare(inputs)

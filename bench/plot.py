@@ -1,5 +1,6 @@
 """Plots of the results, drawn from the JSON files alone."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -15,9 +16,10 @@ from bench.record import Record
 from bench.report import without_time
 
 # a color-blind safe palette (Okabe and Ito); ours stand out, the baseline recedes
-OURS = ("#D55E00", "#0072B2", "#009E73")
+OURS = ("#D55E00", "#0072B2", "#009E73", "#000000")
 PEERS = ("#56B4E9", "#CC79A7", "#E69F00", "#F0E442")
 BASELINE = "#8A8F98"
+LEGEND_COLUMNS = 3
 INK, MUTED, FAINT = "#22262B", "#5B616A", "#D9DCE1"
 
 STYLE = {
@@ -56,7 +58,7 @@ def draw(record: Record, results: Path) -> Path | None:
 
 def colors(record: Record) -> dict[str, str]:
     """One color a provider, the same in every plot of the record."""
-    ours, peers, chosen = iter(OURS), iter(PEERS), {}
+    ours, peers, chosen = cycle(OURS), cycle(PEERS), {}
     for name in dict.fromkeys(row["provider"] for row in record["results"]):
         if name == record["baseline"]:
             chosen[name] = BASELINE
@@ -121,7 +123,7 @@ def _time_bars(axes: Axes, rows: list[Row], palette: dict[str, str], baseline: s
     for y, (row, value, up) in enumerate(zip(rows, ms, high, strict=True)):
         note = "" if row["provider"] == baseline else f"   {row['ratio']['median']:.2f}x"
         weight = "bold" if row["provider"].startswith("lowbit") else "normal"
-        label = f"  {value:,.0f} ms{note}"
+        label = f"  {value:,.0f} ms{note}" if value >= 100 else f"  {value:.3g} ms{note}"
         axes.text(value + up, y, label, va="center", size=8, weight=weight)
     axes.set_xlim(0, 1.3 * max(m + h for m, h in zip(ms, high, strict=True)))
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
@@ -143,9 +145,11 @@ def _dots(record: Record) -> Figure:
     """A line a point, a dot a provider, at its speed-up over the baseline."""
     palette, rows = colors(record), _timed(record)
     points = list(dict.fromkeys(row["point"] for row in rows))[::-1]
-    inches = 1.7 + 0.33 * len(points)
+    names = [name for name in palette if name in {row["provider"] for row in rows}]
+    legend = 0.2 * max(0, (len(names) - 2) // LEGEND_COLUMNS - 1)
+    inches = 1.7 + legend + 0.33 * len(points)
     figure, axes = plt.subplots(figsize=(9, inches))
-    for name in palette:
+    for name in names:
         if name == record["baseline"]:
             continue
         mine = [row for row in rows if row["provider"] == name]
@@ -170,10 +174,10 @@ def _dots(record: Record) -> Figure:
     _log_ticks(axes, [row["ratio"]["median"] for row in rows])
     axes.set_xlabel("speed-up (log scale; right of the line is faster)", size=8)
     axes.legend(
-        frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderpad=0,
+        frameon=False, ncols=LEGEND_COLUMNS, loc="lower left", bbox_to_anchor=(0, 1.0), borderpad=0,
         handletextpad=0.3,
     )  # fmt: skip
-    figure.subplots_adjust(left=0, right=1, top=1 - 1.0 / inches, bottom=0)
+    figure.subplots_adjust(left=0, right=1, top=1 - (1.0 + legend) / inches, bottom=0)
     _title(figure, record, 1 - 0.35 / inches)
     return figure
 

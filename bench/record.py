@@ -81,12 +81,15 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the measured code, ``-dirty`` if files differ; ``unknown`` outside git."""
+    """The commit of the measured code, ``-dirty`` if files differ.
+
+    Outside git it is the environment variable ``BENCH_COMMIT``, or ``unknown``.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", *MEASURED)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
     return f"{head}-dirty" if changed else head
 
 

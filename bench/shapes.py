@@ -1,7 +1,8 @@
 """Shapes of real speech encoders, each with its origin: the points of the cases.
 
-Dimension key: M rows (frames), K input features, N output features; C input channels, T input
-samples or frames, k taps, g groups. Ten seconds at 16 kHz are 160,000 samples and 499 frames.
+Dimension key: M rows (frames), K input features, N output features; B batch, C input channels, T
+input samples or frames, k taps, g groups; H heads, D head dimension. Ten seconds at 16 kHz are
+160,000 samples and 499 frames.
 """
 
 from bench.harness import Point
@@ -38,12 +39,22 @@ LINEAR = (
 
 
 def _conv(
-    C: int, N: int, T: int, k: int, origin: str, *, stride: int = 1, groups: int = 1
+    C: int, N: int, T: int, k: int, origin: str, *, stride: int = 1, groups: int = 1, batch: int = 1
 ) -> Point:
     padding = k // 2 if stride == 1 else 0
     name = f"{C}x{N} k{k}" + (f" s{stride}" if stride > 1 else "")
     name += (f" g{groups}" if groups > 1 else "") + f" T{T}"
-    sizes = {"C": C, "N": N, "T": T, "k": k, "stride": stride, "padding": padding, "g": groups}
+    name += f" B{batch}" if batch > 1 else ""
+    sizes = {
+        "B": batch,
+        "C": C,
+        "N": N,
+        "T": T,
+        "k": k,
+        "stride": stride,
+        "padding": padding,
+        "g": groups,
+    }
     return Point(name, sizes, origin)
 
 
@@ -52,11 +63,11 @@ def frames_out(sizes: dict[str, int]) -> int:
     return (sizes["T"] + 2 * sizes["padding"] - sizes["k"]) // sizes["stride"] + 1
 
 
-def _front_end() -> list[Point]:
+def _front_end(batch: int = 1) -> list[Point]:
     points, T = [], SECONDS * SAMPLE_RATE
     for i, (k, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
         C = 1 if i == 0 else 512
-        point = _conv(C, 512, T, k, f"base: front end {i}", stride=stride)
+        point = _conv(C, 512, T, k, f"base: front end {i}", stride=stride, batch=batch)
         points.append(point)
         T = frames_out(point.sizes)
     return points
@@ -68,4 +79,59 @@ CONV1D = (
     _conv(1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024),
     _conv(1024, 2048, FRAMES, 1, "conformer-large: pointwise, before GLU"),
     _conv(1024, 1024, FRAMES, 1, "conformer-large: pointwise, last"),
+)
+
+_ENCODER_LAYERS = [
+    point for point in LINEAR
+    if point.origin.startswith(("base: ", "large")) and "projection" not in point.origin
+]  # fmt: skip
+# a GPU is fed several utterances at a time, or single frames of a stream
+_ROWS = (FRAMES, 16 * FRAMES, 1, 64, 3 * FRAMES, 16)
+
+
+def _linear_cuda(M: int, layer: Point) -> list[Point]:
+    K, N = layer.sizes["K"], layer.sizes["N"]
+    plain = _linear(M, K, N, layer.origin)
+    gelu = Point(f"{plain.name} GELU", plain.sizes | {"gelu": 1}, f"{layer.origin}, GELU")
+    if not layer.origin.endswith("feed-forward in"):
+        return [plain]
+    return [gelu, plain] if M == FRAMES else [gelu]
+
+
+LINEAR_CUDA = tuple(
+    point for M in _ROWS for layer in _ENCODER_LAYERS for point in _linear_cuda(M, layer)
+)
+
+BATCH = 16
+CONV1D_CUDA = (
+    *_front_end(BATCH),
+    _conv(768, 768, FRAMES, 128, "base: positional", groups=16, batch=BATCH),
+    _conv(1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024, batch=BATCH),
+    *CONV1D[:9],
+)
+
+
+def _attention(B: int, T: int, kind: str, backward: bool) -> Point:
+    sizes = {"B": B, "H": 16, "T": T, "D": 64, "backward": int(backward)}
+    name = f"T{T} B{B}, {kind}, {'forward and backward' if backward else 'forward'}"
+    return Point(name, sizes | {kind: 1}, "large")
+
+
+ATTENTION_CUDA = tuple(
+    _attention(B, T, kind, backward)
+    for backward in (False, True)
+    for B, T in ((16, FRAMES), (4, 1500), (16, 250), (1, 6000))
+    for kind in ("plain", "lengths", "dense bias")
+)
+
+NORM_CUDA = (
+    *(
+        Point(f"{B}x512x31999", {"B": B, "C": 512, "T": 31_999}, "base: front end's GroupNorm")
+        for B in (1, BATCH)
+    ),
+    *(
+        Point(f"{M}x{K}", {"M": M, "K": K}, f"{size}: LayerNorm and residual, to int8")
+        for M in (FRAMES, 16 * FRAMES)
+        for K, size in ((768, "base"), (1024, "large"))
+    ),
 )

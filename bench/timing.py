@@ -14,6 +14,9 @@ Call = Callable[[], Any]
 SAMPLE_SECONDS = 0.01
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
+# several times the L2 cache of any GPU
+FLUSH_BYTES = 2**30
+WARM_SECONDS = 0.1
 
 
 class Timer(Protocol):
@@ -34,17 +37,39 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """CUDA events around the calls, on the current stream."""
+    """CUDA events around each call, on the current stream; no input is left in the L2 cache.
+
+    Filling the memory between two calls also takes so long that the host has launched what a short
+    call launches before the device gets to it. What launching costs is ``host_seconds``.
+    """
+
+    def __init__(self) -> None:
+        self._other_data = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        until = time.perf_counter() + WARM_SECONDS
+        while time.perf_counter() < until:  # idle clocks are low
+            self._other_data.zero_()
+            torch.cuda.synchronize()
 
     def seconds(self, call: Call, repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events = []
         torch.cuda.synchronize()
-        start.record()
         for _ in range(repeats):
+            self._other_data.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1000 / repeats
+
+
+def host_seconds(call: Call, repeats: int = 20) -> float:
+    """Mean seconds for which one call keeps the host busy, while the device works on its own."""
+    torch.cuda.synchronize()
+    seconds = CpuTimer().seconds(call, repeats)
+    torch.cuda.synchronize()
+    return seconds
 
 
 def timer_for(device: str) -> Timer:
@@ -84,7 +109,10 @@ def time_side_by_side(
     repeats = {}
     for name in names:
         timer.seconds(calls[name], 1)  # the first call packs weights and compiles kernels
-        once = timer.seconds(calls[name], 1)
+        # with what the timer itself takes
+        started = time.perf_counter()
+        timer.seconds(calls[name], 1)
+        once = time.perf_counter() - started
         repeats[name] = max(1, int(SAMPLE_SECONDS / max(once, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(MAX_ROUNDS):

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,46 +14,20 @@ from bench import __main__ as command
 from bench import plot, record, report
 from bench.cases import CASES, checkpoint_bytes, conv1d_cpu, encoder_cpu, import_time, linear_cpu
 from bench.errors import float32_error, int8_input_error
-from bench.harness import (
-    Case,
-    Cost,
-    Point,
-    Prepared,
-    Provider,
-    ValueCase,
-    relative_error,
-    run_case,
-)
+from bench.harness import Case, Point, Prepared, Provider, ValueCase, relative_error, run_case
 from bench.memory import peak_memory
 from bench.shapes import CONV1D, frames_out
-from bench.timing import MAX_ROUNDS, MIN_ROUNDS, CudaTimer, Spread, time_side_by_side
-
-POINT = Point("3x4", {"M": 3, "K": 4}, "a toy")
-
-
-def constant(value, max_error=1e-6, **kwargs):
-    return lambda x: Prepared(lambda: x * value, max_error, weight_bytes=8, **kwargs)
-
-
-def broken(x):
-    raise RuntimeError("no such kernel\nand a long trace")
-
-
-def toy_case(*providers, **kwargs):
-    return Case(
-        name="toy",
-        title="A toy",
-        points=(POINT,),
-        make_inputs=lambda point: torch.ones(point.sizes["M"], point.sizes["K"]),
-        providers=(Provider("float32", constant(1.0)), *providers),
-        baseline="float32",
-        cost=lambda point: Cost(flops=1000, bytes=92),
-        **kwargs,
-    )
-
-
-def rows_of(case, **kwargs):
-    return {row["provider"]: row for row in run_case(case, 0.0, **kwargs)["results"]}
+from bench.timing import MAX_ROUNDS, MIN_ROUNDS, Spread, time_side_by_side
+from tests.bench_cases import (
+    CONV_POINTS,
+    ENCODER_POINT,
+    LINEAR_POINT,
+    broken,
+    constant,
+    rows_of,
+    tiny_wav2vec2,
+    toy_case,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +46,9 @@ def test_cases_are_well_formed(case):
     assert case.baseline in [provider.name for provider in case.providers]
     assert all(point.origin for point in case.points)
     assert not case.provider(case.baseline).needs
-    assert all(case.cost(p).flops > 0 for p in case.points if case.name != "encoder_cpu")
+    if case.layout == "points":
+        assert all(case.cost(p, 2).bytes < case.cost(p, 4).bytes for p in case.points)
+        assert all(case.cost(p, 2).flops > 0 for p in case.points)
 
 
 def test_a_wrong_result_gets_no_time():
@@ -128,6 +105,27 @@ def test_rates_come_from_cost_and_time():
     assert MIN_ROUNDS <= row["seconds"]["rounds"] <= MAX_ROUNDS
 
 
+def test_points_without_time_are_left_out():
+    points = tuple(Point(name, {"M": 1, "K": 2}, "a toy") for name in "abc")
+    done = run_case(replace(toy_case(), points=points), 0.0)
+    assert {row["point"] for row in done["results"]} == {"a"}
+    assert done["left_out"] == ["b", "c"]
+
+
+def test_a_broken_point_keeps_those_before_it():
+    asked = []
+
+    def make_inputs(point, device, dtype):
+        asked.append(point.name)
+        return broken(0) if asked[-1] == "b" else torch.ones(1, 2)
+
+    points = tuple(Point(name, {"M": 1, "K": 2}, "a toy") for name in "abc")
+    done = run_case(replace(toy_case(), points=points, make_inputs=make_inputs), 0.3)
+    assert asked == ["a", "b"]
+    assert {row["point"] for row in done["results"]} == {"a"}
+    assert done["stopped"].startswith("b: no such kernel")
+
+
 def test_a_ratio_above_one_is_faster(monkeypatch):
     samples = {"float32": [2.0, 4.0, 2.0], "other": [1.0, 2.0, 4.0]}
     monkeypatch.setattr("bench.harness.time_side_by_side", lambda *args: samples)
@@ -166,14 +164,6 @@ def test_providers_take_turns():
     assert samples["b"] == [2.0] * MIN_ROUNDS
 
 
-@pytest.mark.gpu
-def test_cuda_events_see_the_work():
-    x = torch.randn(4096, 4096, device="cuda")
-    timer = CudaTimer()
-    timer.seconds(lambda: x @ x, 1)
-    assert timer.seconds(lambda: [x @ x for _ in range(8)], 4) > timer.seconds(lambda: x @ x, 4)
-
-
 def test_error_bounds_let_rounding_pass_and_nothing_else():
     x, w = torch.randn(50, 96), torch.randn(32, 96)
     step = x.abs().amax(1, keepdim=True) / 127
@@ -187,19 +177,11 @@ def test_error_bounds_let_rounding_pass_and_nothing_else():
     assert relative_error((x / step / 16).round() * step * 16 @ w.T, exact) > bound
 
 
-SMALL_LINEAR = Point("5x96x40", {"M": 5, "K": 96, "N": 40}, "small")
-SMALL_CONVS = [
-    Point(f"conv{i}", dict(zip(("C", "N", "T", "k", "stride", "padding", "g"), s, strict=True)), "")
-    for i, s in enumerate([(1, 8, 400, 10, 5, 0, 1), (16, 24, 41, 3, 2, 0, 1),
-                           (32, 32, 21, 8, 1, 4, 4), (16, 16, 21, 7, 1, 3, 16)])
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("case", "point"),
     [
-        pytest.param(linear_cpu.LINEAR_CPU, SMALL_LINEAR, id="linear"),
-        *(pytest.param(conv1d_cpu.CONV1D_CPU, point, id=point.name) for point in SMALL_CONVS),
+        pytest.param(linear_cpu.LINEAR_CPU, LINEAR_POINT, id="linear"),
+        *(pytest.param(conv1d_cpu.CONV1D_CPU, point, id=point.name) for point in CONV_POINTS),
     ],
 )
 def test_every_provider_of_the_layer_cases_is_right(case, point):
@@ -210,27 +192,16 @@ def test_every_provider_of_the_layer_cases_is_right(case, point):
 
 @pytest.fixture
 def tiny_encoder(monkeypatch):
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    def model():
-        torch.manual_seed(0)
-        config = Wav2Vec2Config(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-            conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 4), attn_implementation="sdpa",
-            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
-        )  # fmt: skip
-        return Wav2Vec2Model(config).eval().requires_grad_(False)
-
-    monkeypatch.setattr(encoder_cpu, "float32_model", model)
-    return model
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(encoder_cpu, "float32_model", tiny_wav2vec2)
+    return tiny_wav2vec2
 
 
 def test_every_provider_of_the_encoder_case_is_right(tiny_encoder):
-    point = Point("tiny", {"B": 2, "T": 1600}, "tiny")
     case = encoder_cpu.ENCODER_CPU
     # the peers' exporters take a minute: they are run by the bench alone
     providers = tuple(p for p in case.providers if not p.needs)
-    changes = {"points": (point,), "probe": None, "providers": providers}
+    changes = {"points": (ENCODER_POINT,), "probe": None, "providers": providers}
     rows = rows_of(Case(**{**vars(case), **changes}))
     skipped = {name for name, row in rows.items() if row["status"] == "skipped"}
     assert skipped == {"float32 torch.compile"}
@@ -256,7 +227,9 @@ def test_values_have_units_and_goals(tiny_encoder, monkeypatch):
 def test_the_encoder_check_sees_a_swapped_scale(tiny_encoder):
     model = tiny_encoder()
     audio = torch.randn(1, 1600)
-    prepared = encoder_cpu.ours(audio, encoder_cpu.QuantConfig.small(), encoder_cpu.FLOAT32_ERROR)
+    prepared = encoder_cpu.ours(
+        audio, encoder_cpu.QuantConfig.small(), encoder_cpu.FLOAT_ERROR[audio.dtype]
+    )
     expected = prepared.expected()
     twin = copy.deepcopy(model)
     encoder_cpu.quantize(twin, encoder_cpu.QuantConfig.small())
@@ -280,6 +253,13 @@ def test_a_record_says_where_it_comes_from():
     assert about["versions"].keys() == {"python", *record.PACKAGES}
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", about["commit"])
     assert all(about[field] for field in report.REQUIRED)
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.commit() == "unknown"
+    monkeypatch.setenv("BENCH_COMMIT", "0" * 40)
+    assert record.commit() == "0" * 40
 
 
 def test_the_command_line_lists_runs_and_refuses(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """A whole wav2vec2-base encoder on ten seconds of audio: random weights, real shapes.
 
+What it shares with ``encoder_cuda`` serves any device and dtype.
+
 Dimension key: B batch, T samples.
 """
 
@@ -7,7 +9,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -29,7 +31,7 @@ from lowbit_kernels.cpu import library
 from lowbit_kernels.cpu.resident import resident_bytes
 
 # float32 sums in another order, through 12 layers
-FLOAT32_ERROR = 1e-4
+FLOAT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 # int8 inputs of some 80 layers leave 1 % each, in quadrature 9 %
 INT8_ERROR = 0.2
 
@@ -43,22 +45,22 @@ def float32_model() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def make_inputs(point: Point) -> Tensor:
+def make_inputs(point: Point, device: str, dtype: torch.dtype) -> Tensor:
     """Noise of unit variance [B, T], as a feature extractor normalizes audio."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(point.sizes["B"], point.sizes["T"], generator=generator)
+    audio = torch.randn(point.sizes["B"], point.sizes["T"], generator=generator)
+    return audio.to(device, dtype)
 
 
-@functools.cache
-def cost(point_sizes: tuple[int, int]) -> Cost:
+def cost(point: Point, itemsize: int) -> Cost:
     """Counted on the meta device; bytes of the audio and of the frames."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    B, T = point.sizes["B"], point.sizes["T"]
     model = float32_model().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        frames = model(torch.empty(*point_sizes, device="meta")).last_hidden_state
-    B, T = point_sizes
-    return Cost(counter.get_total_flops(), bytes=4 * (B * T + frames.numel()))
+        frames = model(torch.empty(B, T, device="meta")).last_hidden_state
+    return Cost(counter.get_total_flops(), bytes=itemsize * (B * T + frames.numel()))
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -66,7 +68,14 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def _call(model: nn.Module, audio: Tensor) -> Callable[[], Tensor]:
+def float_model(audio: Tensor) -> nn.Module:
+    """``float32_model`` on the device and in the dtype of the audio."""
+    return float32_model().to(audio)
+
+
+def encode(model: nn.Module, audio: Tensor) -> Callable[[], Tensor]:
+    """The call that is timed."""
+
     def call() -> Tensor:
         frames: Tensor = model(audio).last_hidden_state
         return frames
@@ -74,41 +83,52 @@ def _call(model: nn.Module, audio: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def float32(audio: Tensor) -> Prepared:
+def unquantized(audio: Tensor) -> Prepared:
     """Eager, with scaled_dot_product_attention."""
-    model = float32_model()
-    return Prepared(_call(model, audio), FLOAT32_ERROR, weight_bytes=stored_bytes(model))
+    model = float_model(audio)
+    error = FLOAT_ERROR[audio.dtype]
+    return Prepared(encode(model, audio), error, weight_bytes=stored_bytes(model))
 
 
 def compiled(audio: Tensor) -> Prepared:
     """``torch.compile`` of the float32 model."""
-    model = float32_model()
+    model = float_model(audio)
     run = torch.compile(model, fullgraph=True)
-    return Prepared(_call(run, audio), FLOAT32_ERROR, weight_bytes=stored_bytes(model))
+    error = FLOAT_ERROR[audio.dtype]
+    return Prepared(encode(run, audio), error, weight_bytes=stored_bytes(model))
 
 
 def quantize_dynamic(audio: Tensor) -> Prepared:
     """PyTorch's dynamic int8 linear layers."""
     model = dynamic_int8(float32_model())
-    return Prepared(_call(model, audio), INT8_ERROR, weight_bytes=dynamic_int8_bytes(model))
+    return Prepared(encode(model, audio), INT8_ERROR, weight_bytes=dynamic_int8_bytes(model))
+
+
+def quantized_model(audio: Tensor, config: QuantConfig, attention: str) -> nn.Module:
+    """A low-bit ``float_model``."""
+    model: Any = float_model(audio)
+    quantize(model, config)
+    model.set_attn_implementation(attention)
+    return cast("nn.Module", model)
+
+
+def with_stored_weights(model: nn.Module, audio: Tensor) -> Tensor:
+    """What a low-bit model must compute: a float32 model with the weights it stores."""
+    return encode(dequantize(copy.deepcopy(model)).float(), audio.float())()
 
 
 def ours(audio: Tensor, config: QuantConfig, max_error: float, attention: str = "sdpa") -> Prepared:
-    """Right if it computes what a float32 model with the stored weights does."""
-    model: Any = float32_model()
-    quantize(model, config)
-    model.set_attn_implementation(attention)
+    """A low-bit model."""
+    model = quantized_model(audio, config, attention)
     stored = stored_bytes(model)
-
-    def expected() -> Tensor:
-        return _call(dequantize(copy.deepcopy(model)), audio)()
 
     def facts() -> Row:
         buffers = dict(model.named_buffers())
         packed = [t for name, t in buffers.items() if name.endswith("qweight")]
         return {"resident_bytes": stored + sum(resident_bytes(t) for t in packed)}
 
-    return Prepared(_call(model, audio), max_error, expected, stored, facts)
+    expected = functools.partial(with_stored_weights, model, audio)
+    return Prepared(encode(model, audio), max_error, expected, stored, facts)
 
 
 def fast(audio: Tensor, bits: int = 4, attention: str = "sdpa") -> Prepared:
@@ -118,7 +138,7 @@ def fast(audio: Tensor, bits: int = 4, attention: str = "sdpa") -> Prepared:
 
 def small(audio: Tensor, attention: str = "sdpa") -> Prepared:
     """The preset for the least error."""
-    return ours(audio, QuantConfig.small(), FLOAT32_ERROR, attention)
+    return ours(audio, QuantConfig.small(), FLOAT_ERROR[audio.dtype], attention)
 
 
 def without_compiler(audio: Tensor) -> Prepared:
@@ -127,8 +147,7 @@ def without_compiler(audio: Tensor) -> Prepared:
 
     def call() -> Tensor:
         with patch.object(library, "_load", lambda: (None, "left out of this measurement")):
-            out: Tensor = prepared.call()
-            return out
+            return cast("Tensor", prepared.call())
 
     return replace(prepared, call=call)
 
@@ -164,7 +183,7 @@ ENCODER_CPU = Case(
     ),
     make_inputs=make_inputs,
     providers=(
-        Provider("float32 eager", float32),
+        Provider("float32 eager", unquantized),
         Provider("float32 torch.compile", compiled, slow=True),
         Provider("quantize_dynamic int8", quantize_dynamic),
         Provider(
@@ -183,7 +202,7 @@ ENCODER_CPU = Case(
         Provider("lowbit fast(), no compiler", without_compiler),
     ),
     baseline="float32 eager",
-    cost=lambda point: cost((point.sizes["B"], point.sizes["T"])),
+    cost=cost,
     layout="providers",
     weight=3.0,
     probe=probe,

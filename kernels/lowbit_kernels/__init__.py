@@ -7,7 +7,7 @@ Names load on first use, so importing the package costs little.
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 # registers with transformers and torchaudio once they are imported, and imports neither
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from lowbit_kernels.matmul import low_bit_linear
     from lowbit_kernels.modules import QAttention, QConv1d, QLinear
 
-__version__ = version("lowbit-kernels")
+try:
+    __version__ = version("lowbit-kernels")
+except PackageNotFoundError:  # a source tree on the path, without an installation
+    __version__ = "unknown"
 
 _HOME = {
     "CheckpointError": "checkpoint",
