@@ -25,8 +25,7 @@ static inline void quantize_row(const float* x, int64_t count, float scale, cons
     int lanes = lanes_left(count - c);
     vfloat value = load_some(x + c, lanes);
     if (offset) value -= load_some(offset + c, lanes);
-    vbyte v = quantized(value * inverse);
-    memcpy(q + c, &v, lanes);
+    store_some(q + c, quantized(value * inverse), lanes);
   }
 }
 

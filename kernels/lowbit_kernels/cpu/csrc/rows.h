@@ -49,10 +49,7 @@ static int32_t finish_row(const RowFinish& p, float* row, int64_t number) {
     if (p.out) store_some(p.out + number * p.channels + c, y, count);
     if (p.offset) y -= load_some(p.offset + c, count);
     if (p.largest) largest = max_int(largest, magnitude(first_lanes(y, count)));
-    if (p.q) {
-      vbyte q = quantized(y * inverse);
-      memcpy(p.q + number * p.channels + c, &q, count);
-    }
+    if (p.q) store_some(p.q + number * p.channels + c, quantized(y * inverse), count);
   }
   return horizontal_max(largest);
 }

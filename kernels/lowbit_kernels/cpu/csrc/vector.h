@@ -38,16 +38,31 @@ static inline int lanes_left(int64_t left) { return left < LANES ? (int)left : L
 // the first `count` lanes; the rest are zero
 static inline vfloat load_some(const float* p, int count) {
   if (count >= LANES) return load<vfloat>(p);
+#ifdef __AVX512F__  // a memcpy of so few bytes is a call
+  return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
   vfloat v = {};
   memcpy(&v, p, count * sizeof(float));
   return v;
+#endif
 }
 
 static inline void store_some(float* p, vfloat v, int count) {
   if (count >= LANES)
     store(p, v);
   else
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
     memcpy(p, &v, count * sizeof(float));
+#endif
+}
+
+static inline void store_some(uint8_t* p, vbyte v, int count) {
+  if (count >= LANES)
+    store(p, v);
+  else
+    memcpy(p, &v, count);
 }
 
 static inline vfloat first_lanes(vfloat v, int count) {
@@ -65,9 +80,13 @@ static inline vint magnitude(vfloat x) { return as_int(x) & 0x7fffffff; }
 static inline vint max_int(vint a, vint b) { return a > b ? a : b; }
 
 static inline int32_t horizontal_max(vint v) {
-  int32_t best = 0;
-  for (int i = 0; i < LANES; i++) best = v[i] > best ? v[i] : best;
+#ifdef __AVX512F__
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t best = v[0];
+  for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
   return best;
+#endif
 }
 
 static inline float horizontal_sum(vfloat v) {
