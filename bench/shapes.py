@@ -5,6 +5,8 @@ input samples or frames, k taps, g groups; H heads, D head dimension. Ten second
 160,000 samples and 499 frames.
 """
 
+from collections.abc import Sequence
+
 from bench.harness import Point
 
 SAMPLE_RATE = 16_000
@@ -30,6 +32,9 @@ LINEAR = (
     _linear(1500, 512, 512, "whisper-base: q, k, v, output"),
     _linear(1500, 512, 2048, "whisper-base: feed-forward in"),
     _linear(1500, 2048, 512, "whisper-base: feed-forward out"),
+    _linear(12 * FRAMES, 64, 8, "wavlm-base: position gate"),
+    _linear(FRAMES // 2, 768, 3072, "sew: feed-forward in"),
+    _linear(125, 1024, 4096, "parakeet: feed-forward in"),
     # a decoder's step is one row
     _linear(1, 512, 512, "whisper-base: a decoder step's q, k, v, output"),
     _linear(1, 512, 2048, "whisper-base: a decoder step's feed-forward in"),
@@ -63,22 +68,31 @@ def frames_out(sizes: dict[str, int]) -> int:
     return (sizes["T"] + 2 * sizes["padding"] - sizes["k"]) // sizes["stride"] + 1
 
 
-def _front_end(batch: int = 1) -> list[Point]:
-    points, T = [], SECONDS * SAMPLE_RATE
-    for i, (k, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
-        C = 1 if i == 0 else 512
-        point = _conv(C, 512, T, k, f"base: front end {i}", stride=stride, batch=batch)
+def _front_end(family: str, layers: Sequence[tuple[int, int, int]], batch: int = 1) -> list[Point]:
+    """Layers (channels, kernel size, stride) one after the other, from the waveform on."""
+    points, C, T = [], 1, SECONDS * SAMPLE_RATE
+    for i, (N, k, stride) in enumerate(layers):
+        point = _conv(C, N, T, k, f"{family}: front end {i}", stride=stride, batch=batch)
         points.append(point)
-        T = frames_out(point.sizes)
+        C, T = N, frames_out(point.sizes)
     return points
 
 
+BASE_FRONT_END = ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2)
+SEW_FRONT_END = (
+    (64, 10, 5), *[(128, 3, 2), (128, 1, 1)] * 2,
+    *[(256, 3, 2), (256, 1, 1)] * 2, *[(512, 2, 2), (512, 1, 1)] * 2,
+)  # fmt: skip
 CONV1D = (
-    *_front_end(),
+    *_front_end("base", BASE_FRONT_END),
     _conv(768, 768, FRAMES, 128, "base: positional", groups=16),
     _conv(1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024),
     _conv(1024, 2048, FRAMES, 1, "conformer-large: pointwise, before GLU"),
     _conv(1024, 1024, FRAMES, 1, "conformer-large: pointwise, last"),
+    # its first layer stays in float
+    *_front_end("sew", SEW_FRONT_END)[1:],
+    _conv(768, 768, FRAMES, 19, "data2vec: positional", groups=16),
+    _conv(1024, 1024, 125, 9, "parakeet: depthwise", groups=1024),
 )
 
 _ENCODER_LAYERS = [
@@ -104,7 +118,7 @@ LINEAR_CUDA = tuple(
 
 BATCH = 16
 CONV1D_CUDA = (
-    *_front_end(BATCH),
+    *_front_end("base", BASE_FRONT_END, BATCH),
     _conv(768, 768, FRAMES, 128, "base: positional", groups=16, batch=BATCH),
     _conv(1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024, batch=BATCH),
     *CONV1D[:9],

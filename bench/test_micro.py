@@ -19,7 +19,7 @@ SPECS = {
     "w4-int8-inputs": QuantSpec(bits=4, inputs="int8"),
     "w4-float-inputs": QuantSpec(bits=4),
 }
-LINEAR_POINTS = [p for p in LINEAR if "feed-forward in" in p.origin]
+LINEAR_POINTS = [p for p in LINEAR if p.origin.endswith(": feed-forward in")]
 # one of each kind: strided, grouped, depthwise, pointwise
 CONV_KINDS = ("front end 3", "positional", "depthwise", "last")
 CONV_POINTS = [p for p in CONV1D if p.origin.endswith(CONV_KINDS)]
