@@ -67,6 +67,15 @@ def colors(record: Record) -> dict[str, str]:
     return chosen
 
 
+def _bar_colors(record: Record) -> dict[str, str]:
+    """Bars are named at their side: a color only tells ours from the peers'."""
+    return {
+        name: BASELINE if name == record["baseline"]
+        else OURS[0] if name.startswith("lowbit") else PEERS[0]
+        for name in colors(record)
+    }  # fmt: skip
+
+
 def _timed(record: Record) -> list[Row]:
     return [row for row in record["results"] if row["status"] == "ok"]
 
@@ -88,7 +97,7 @@ def _footnote(figure: Figure, record: Record, top: float) -> None:
 
 def _bars(record: Record) -> Figure:
     """A row of panels a point: time with quartiles, and peak memory."""
-    palette, rows = colors(record), _timed(record)
+    palette, rows = _bar_colors(record), _timed(record)
     points = list(dict.fromkeys(row["point"] for row in rows))
     panel = 0.31 * len({row["provider"] for row in rows})
     figure, panels = plt.subplots(

@@ -32,7 +32,6 @@ LINEAR = (
     _linear(1500, 512, 512, "whisper-base: q, k, v, output"),
     _linear(1500, 512, 2048, "whisper-base: feed-forward in"),
     _linear(1500, 2048, 512, "whisper-base: feed-forward out"),
-    _linear(12 * FRAMES, 64, 8, "wavlm-base: position gate"),
     _linear(FRAMES // 2, 768, 3072, "sew: feed-forward in"),
     _linear(125, 1024, 4096, "parakeet: feed-forward in"),
     # a decoder's step is one row
@@ -89,8 +88,8 @@ CONV1D = (
     _conv(1024, 1024, FRAMES, 31, "conformer-large: depthwise", groups=1024),
     _conv(1024, 2048, FRAMES, 1, "conformer-large: pointwise, before GLU"),
     _conv(1024, 1024, FRAMES, 1, "conformer-large: pointwise, last"),
-    # its first layer stays in float
-    *_front_end("sew", SEW_FRONT_END)[1:],
+    # its first layer stays in float, and one is the base model's
+    *(p for p in _front_end("sew", SEW_FRONT_END)[1:] if p.name != "512x512 k2 s2 T999"),
     _conv(768, 768, FRAMES, 19, "data2vec: positional", groups=16),
     _conv(1024, 1024, 125, 9, "parakeet: depthwise", groups=1024),
 )

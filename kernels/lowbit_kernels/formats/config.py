@@ -13,6 +13,8 @@ DEFAULT_SKIP = (
     r"(^|\.)(lm_head|ctc_head|proj_out|classifier|projector|project_hid|project_q|quantizer)(\.|$)",
     r"(^|\.)adapter_layer(\.|$)",
     r"(^|\.)(mask_emb|masked_spec_embed|label_embs)",
+    # WavLM's position gate: a few hundred weights, read for every head of every frame
+    r"(^|\.)gru_rel_pos_linear$",
 )
 
 
