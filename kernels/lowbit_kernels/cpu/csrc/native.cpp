@@ -87,7 +87,7 @@ extern "C" int linear_int8(const Matmul* args, const int8_t* panels, const int32
 extern "C" void shared_scale(const float* x, int64_t rows, int64_t columns, float* scale,
                              int64_t threads) {
   int32_t largest = 0;
-#pragma omp parallel for num_threads(threads) reduction(max : largest)
+#pragma omp parallel for num_threads(threads_worth(threads, rows * columns / LANES)) reduction(max : largest)
   for (int64_t r = 0; r < rows; r++) {
     int32_t here = largest_of(x + r * columns, columns);
     largest = here > largest ? here : largest;
