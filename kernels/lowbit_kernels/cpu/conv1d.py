@@ -197,7 +197,7 @@ def _native_depthwise(
 ) -> Tensor:
     T, C = x.shape
     out = lib.empty(window.frames_out(T), C)
-    levels, channel_scale = weight.qweight.float().contiguous(), weight.scale.float().contiguous()
+    levels, channel_scale = weight.qweight.contiguous(), weight.scale.float().contiguous()
     arguments = lib.Depthwise(
         valid=valid, channels=C, out_frames=out.shape[0], taps=window.taps,
         stride=window.stride, padding=window.padding[0], dilation=window.dilation,

@@ -34,7 +34,7 @@ struct Depthwise {
   int64_t taps, stride, padding, dilation;
   const float* x;            // [frames, channels]
   const float* input_scale;  // null: the input stays float
-  const float* weight;       // [taps, channels]
+  const int8_t* weight;      // [taps, channels], levels
   const float* scale;        // [channels]
   const float* bias;         // [channels] or null
   const float* residual;     // [out_frames, channels] or null
@@ -71,7 +71,7 @@ static void depthwise_input(const Depthwise& p, int64_t c, int channels, float* 
 static void depthwise_tile(const Depthwise& p, int64_t c, int count, int64_t t, const float* from) {
   vfloat sums[DEPTHWISE_ROWS] = {};
   for (int64_t k = 0; k < p.taps; k++, from += p.dilation * DEPTHWISE_CHANNELS) {
-    vfloat w = load_some(p.weight + k * p.channels + c, count);
+    vfloat w = load_levels(p.weight + k * p.channels + c, count);
 #pragma GCC unroll 8
     for (int r = 0; r < DEPTHWISE_ROWS; r++)
       sums[r] += w * load<vfloat>(from + r * p.stride * DEPTHWISE_CHANNELS);

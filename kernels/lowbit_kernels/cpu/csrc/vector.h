@@ -105,6 +105,21 @@ static inline vint widen(const uint8_t* p) {
 #endif
 }
 
+// the first `count` of 16 int8; the rest are zero
+static inline vfloat load_levels(const int8_t* p, int count) {
+  typedef int8_t vint8 __attribute__((vector_size(16)));
+  vint8 v = {};
+  if (count >= LANES)
+    v = load<vint8>(p);
+  else
+    memcpy(&v, p, count);
+#ifdef __AVX512F__
+  return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
+#else
+  return __builtin_convertvector(v, vfloat);
+#endif
+}
+
 // table[index % 16] in each lane
 static inline vfloat look_up(vfloat table, vint index) {
 #ifdef __AVX512F__
