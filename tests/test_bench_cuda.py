@@ -9,27 +9,30 @@ import torch
 
 from bench import __main__ as command
 from bench import cuda_peers, plot, record, report, roofline
-from bench.cases import CASES, ON_CUDA, encoder_cuda, tune
+from bench.case import Case, Point
+from bench.cases import CASES, ON_CUDA, encoder_cuda
 from bench.cases import attention_cuda as attention
 from bench.cases.conv1d_cuda import CONV1D_CUDA
-from bench.cases.linear_cuda import LINEAR_CUDA
+from bench.cases.linear_cuda import LINEAR_BATCH1
 from bench.cases.norm_cuda import NORM_CUDA
-from bench.harness import Case, Point, run_case
+from bench.cases.training_cuda import TRAINING_CUDA
+from bench.harness import run_case
 from bench.timing import CudaTimer, host_seconds
 from conftest import OPTIONAL
 from lowbit_kernels.conversion.graphs import _capture_all
-from lowbit_kernels.matmul import cuda as cuda_linear
 from tests.bench_cases import (
     CONV_POINTS,
     ENCODER_POINT,
-    LINEAR_POINT,
     constant,
     rows_of,
     tiny_wav2vec2,
     toy_case,
 )
 
-GELU_POINT = Point("gelu", {"M": 1, "K": 64, "N": 32, "gelu": 1}, "small")
+# the ladder's backends are those of a GPU alone: test_bench_tune.py
+LINEAR_CASES = [c for c in ON_CUDA if c.name.startswith("linear") and c.name != "linear_ladder"]
+# which product int8 and fp8 have of 17 rows and more
+PEER_POINT = Point("peers", {"M": 32, "K": 64, "N": 96, "gelu": 1}, "small")
 ATTENTION_POINTS = [
     Point(f"{kind} {b}", {"B": 2, "H": 2, "T": 37, "D": 16, "backward": b, kind: 1}, "small")
     for kind in ("plain", "lengths", "dense bias")
@@ -40,7 +43,7 @@ NORM_POINTS = [
     Point("layer norm", {"M": 9, "K": 48}, "small"),
 ]
 POINTS = [
-    *((LINEAR_CUDA, point) for point in (LINEAR_POINT, GELU_POINT)),
+    *((case, point) for case in LINEAR_CASES for point in case.small[:2]),
     *((CONV1D_CUDA, point) for point in CONV_POINTS),
     *((attention.ATTENTION_CUDA, point) for point in ATTENTION_POINTS),
     *((NORM_CUDA, point) for point in NORM_POINTS),
@@ -97,6 +100,22 @@ def test_every_provider_of_the_encoder_case_is_right(tiny_encoder, monkeypatch, 
     assert rows["lowbit small(), graphs"]["weight_bytes"] == rows["lowbit small()"]["weight_bytes"]
 
 
+@pytest.mark.parametrize("point", TRAINING_CUDA.small, ids=lambda point: point.name)
+def test_every_provider_of_the_training_case_is_right(point):
+    pytest.importorskip("transformers")
+    case = replace(TRAINING_CUDA, device="cpu", dtype=torch.float32, points=(point,))
+    rows = rows_of(case)
+    assert {row["status"] for row in rows.values()} == {"ok"}, problems(rows)
+    frames = {row["frames"] for row in rows.values()}
+    assert len(frames) == 1
+    trained = {name: row["trained"] for name, row in rows.items()}
+    assert (
+        trained["lowbit w4 frozen, LoRA"] == trained["bf16 frozen, LoRA"] < trained["bf16 training"]
+    )
+    # learned scales are trained too
+    assert trained["lowbit w4 QAT"] > trained["bf16 training"]
+
+
 def _call_the_model(graphed, audio, attention_mask=None):
     [(batch, samples)] = graphed._captured
     assert audio.shape == (batch, samples)
@@ -113,10 +132,23 @@ def test_attention_is_checked_with_its_mask():
 
 def test_peers_are_listed_where_they_are_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    rows = rows_of(replace(LINEAR_CUDA, device="cpu", points=(GELU_POINT,)))
+    rows = rows_of(replace(LINEAR_BATCH1, device="cpu", points=LINEAR_BATCH1.small[:1]))
     missing = {name for name, row in rows.items() if row["status"] == "missing"}
-    assert missing == {p.name for p in LINEAR_CUDA.providers if p.needs}
-    assert rows["gemlite w4"]["reason"] == "pip install gemlite hqq"
+    assert missing == {p.name for p in LINEAR_BATCH1.providers if p.needs or p.gpu_only}
+    assert rows["gemlite w4"]["reason"] == "pip install gemlite"
+    assert rows["_int_mm, int8"]["reason"] == "needs a CUDA GPU"
+
+
+def test_what_pytorch_itself_has_is_right():
+    cuda_peers.compiled.cache_clear()
+    providers = tuple(
+        replace(p, gpu_only=False, points=None) for p in LINEAR_BATCH1.providers if not p.needs
+    )
+    case = replace(LINEAR_BATCH1, device="cpu", points=(PEER_POINT,), providers=providers)
+    rows = rows_of(case)
+    cuda_peers.compiled.cache_clear()
+    assert {row["status"] for row in rows.values()} == {"ok"}, problems(rows)
+    assert rows["_int_mm, int8"]["error"] > rows["torch.compile max-autotune"]["error"]
 
 
 def test_a_peer_that_writes_into_its_layer_leaves_ours_alone():
@@ -132,8 +164,7 @@ def test_the_roofline_is_the_slower_of_two(monkeypatch):
     assert ceilings.seconds(100, 10, int8=False) == 10
     assert ceilings.seconds(100, 10, int8=True) == 5
     assert ceilings.seconds(100, 100, int8=True) == 20
-    for name, small in (("SIZE", 64), ("COPIED_BYTES", 1024), ("ROUNDS", 1)):
-        monkeypatch.setattr(roofline, name, small)
+    monkeypatch.setattr(roofline, "ROUNDS", 1)
     measured = roofline.measure_roofline.__wrapped__(torch.float32, "cpu")
     assert min(vars(measured).values()) > 0
 
@@ -151,29 +182,17 @@ def test_a_gpu_case_records_its_roofline_and_the_host_time(monkeypatch):
     assert done["dtype"] == "bfloat16"
 
 
-def test_tune_times_the_chosen_tiles_first(monkeypatch, device):
-    for name, value in (("ROUNDS", 1), ("CALLS", 1), ("CHANGES", ({"block_m": 32}, {"splits": 2}))):
-        monkeypatch.setattr(tune, name, value)
-    monkeypatch.setattr(tune, "POINTS", (Point("5x64x70", {"M": 5, "K": 64, "N": 70}, "small"),))
-    if device == "cpu":
-        monkeypatch.setattr(cuda_linear, "_device", lambda index: ((9, 0), 132, 232_448))
-    rows = tune.measure(device, torch.float16)
-    assert len(rows) == len(tune.SPECS) * 3
-    assert all(row["value"] > 0 and row["difference"] < 1e-3 for row in rows)
-    assert "block_m=16" in rows[0]["name"]
-    assert "block_m=32" in rows[1]["name"]
-
-
 def test_all_means_the_cases_of_the_device(monkeypatch, capsys):
     for has_gpu, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         assert {CASES[name].device for name in command.everything()} == {device}
-        assert "tune" not in command.everything()
-    assert "not run: encoder_cuda, linear_cuda" in capsys.readouterr().err
+    assert "not run: ceilings, linear_batch1" in capsys.readouterr().err
     assert command.main(["list"]) == 0
     assert "speed against bfloat16 (cuda, needs a CUDA GPU)" in capsys.readouterr().out
     assert command.main(["norm_cuda"]) == 2
     assert "norm_cuda needs a CUDA GPU" in capsys.readouterr().err
+    assert command.main(["norm_cuda", "--small"]) == 2
+    assert "norm_cuda has no small shapes" in capsys.readouterr().err
 
 
 def test_a_case_without_a_result_does_not_stop_the_others(monkeypatch, tmp_path, capsys):

@@ -13,6 +13,7 @@ from lowbit_kernels.conv1d import Geometry, conv1d_reference, low_bit_conv1d, qu
 from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, mask_frames
 from lowbit_kernels.formats import QuantSpec, quantize_weight
+from lowbit_kernels.matmul.dispatch import Gpu
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
@@ -40,7 +41,7 @@ def cuda_code(monkeypatch, device):
     from lowbit_kernels.conv1d import cuda
 
     if device == "cpu":
-        monkeypatch.setattr(cuda, "device_properties", lambda device: ((8, 0), 4, 99 << 10))
+        monkeypatch.setattr(cuda, "gpu_of", lambda device: Gpu("a GPU", (8, 0), 4, 99 << 10))
     return cuda
 
 

@@ -16,14 +16,14 @@ from lowbit_kernels.cpu import library
 from lowbit_kernels.formats import quantize_weight
 from lowbit_kernels.matmul import backward_kernel, low_bit_linear
 from lowbit_kernels.matmul import cuda as cuda_linear
-from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
+from lowbit_kernels.matmul.dispatch import Gpu, choose_backend, choose_config
 from lowbit_kernels.norm import masked_group_norm, norm_quantize
 from tests.conv1d_cases import CASES, EPILOGUES, keywords, make_inputs
 from tests.linear_cases import SPECS
 
 HUGGING_FACE = "lowbit_kernels.integrations.huggingface_config"
 ROWS = (1, 3, 64, 200)
-SMS, SHARED = 4, 227 * 1024
+GPU = Gpu("a small GPU", (9, 0), 4, 227 * 1024)
 FIXED = {name: replace(spec, deterministic=True) for name, spec in SPECS.items()}
 INT8 = {
     f"w{bits}-int8-{kind}": QuantSpec(bits, inputs="int8", input_scale=kind, deterministic=True)
@@ -117,9 +117,8 @@ def test_float32_products_on_cuda_are_refused():
 @pytest.fixture
 def small_gpu(monkeypatch, device):
     """The CUDA path where few multiprocessors make the splits follow the rows."""
-    numbers = ((9, 0), SMS, SHARED)
-    monkeypatch.setattr(cuda_linear, "_device", lambda index: numbers)
-    monkeypatch.setattr(cuda_conv, "device_properties", lambda device: numbers)
+    monkeypatch.setattr(cuda_linear, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(cuda_conv, "gpu_of", lambda device: GPU)
     return device
 
 
@@ -155,7 +154,7 @@ def test_kernels_give_shared_rows_the_same_bits(spec, configs, small_gpu):
             assert torch.equal(part, whole[:M]), M
     assert len(set(configs)) == 1
     # the flag is what does it: without it tiles and splits follow M
-    plain = [choose_config(M, N, K, spec.bits, 2, SMS, SHARED) for M in ROWS]
+    plain = [choose_config(M, N, K, spec.bits, 2, GPU) for M in ROWS]
     assert len({config.block_m for config in plain}) > 1
     assert len({config.splits for config in plain}) > 1
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from lowbit_kernels.conv1d import cuda as cuda_conv1d
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import cuda as cuda_linear
+from lowbit_kernels.matmul.dispatch import Gpu
 from tests.conv1d_cases import CASES, FLOAT, INT8
 from tests.conv1d_cases import make_inputs as make_conv1d_inputs
 from tests.interpreter_memory import checked_memory
@@ -31,9 +32,9 @@ def _checked_memory():
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    numbers = ((9, 0), 132, 227 * 1024)
-    monkeypatch.setattr(cuda_linear, "_device", lambda index: numbers)
-    monkeypatch.setattr(cuda_conv1d, "device_properties", lambda device: numbers)
+    numbers = Gpu("a GPU", (9, 0), 132, 227 * 1024)
+    monkeypatch.setattr(cuda_linear, "gpu_of", lambda device: numbers)
+    monkeypatch.setattr(cuda_conv1d, "gpu_of", lambda device: numbers)
 
 
 def run_linear(spec, epilogue, M=7, N=38, K=1101):
@@ -100,6 +101,19 @@ def test_norm_quantize():
     weight, bias = torch.randn(2, 100)
     h, *_, mean, rstd = norm_quantize_triton(x, weight, bias, residual, EPS, True)
     norm_quantize_backward_triton(grad, grad, h, weight, bias, mean, rstd)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "glu"])
+def test_activation_quantize(activation):
+    from lowbit_kernels.norm.activation_quantize_kernel import (
+        activation_quantize_backward_triton,
+        activation_quantize_triton,
+    )
+
+    x = torch.randn(5, 600, dtype=torch.float16)
+    y, _, _ = activation_quantize_triton(x, activation, torch.tensor(0.1), True)
+    activation_quantize_triton(x, activation, None, False)
+    activation_quantize_backward_triton(y, x, activation)
 
 
 @triton.jit

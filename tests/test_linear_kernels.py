@@ -11,7 +11,7 @@ from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul import linear_reference, low_bit_linear
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import LinearConfig
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.op import EPILOGUES
@@ -175,7 +175,7 @@ def test_silent_rows_quantize_to_zeros(device):
 @pytest.fixture
 def hopper(monkeypatch):
     """The CUDA path, with the numbers of an H100, on whatever device the tests have."""
-    monkeypatch.setattr(cuda_linear, "_device", lambda index: ((9, 0), 132, 227 * 1024))
+    monkeypatch.setattr(cuda_linear, "gpu_of", lambda device: Gpu("a GPU", (9, 0), 132, 227 * 1024))
 
 
 @pytest.mark.parametrize("epilogue", [None, "silu", "glu"])

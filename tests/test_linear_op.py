@@ -3,13 +3,25 @@
 Dimension key: M rows, N output features, K input features.
 """
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lowbit_kernels.formats import QuantSpec, empty_depthwise_weight, quantize_weight
-from lowbit_kernels.matmul import low_bit_linear
-from lowbit_kernels.matmul.dispatch import choose_backend, choose_config
+from lowbit_kernels.matmul import low_bit_linear, tuned
+from lowbit_kernels.matmul.dispatch import (
+    Choice,
+    Gpu,
+    LinearConfig,
+    byte_pairs,
+    candidates,
+    choose_backend,
+    choose_config,
+    choose_linear,
+    weights_per_block,
+)
 from lowbit_kernels.matmul.op import EPILOGUES, _flatten
 from lowbit_kernels.matmul.reference import epilogue_backward_reference, preactivation_reference
 from tests.linear_cases import SPECS, check, make_inputs, specs
@@ -147,28 +159,106 @@ def test_flops_are_those_of_a_matmul(device):
 def test_backends_by_capability():
     assert choose_backend(499, None, torch.bfloat16, (9, 0)) == "fused"
     assert choose_backend(16000, None, torch.bfloat16, (9, 0)) == "dequant_cublas"
+    # a separate pass over the output costs more than unpacking does
+    assert choose_backend(16000, None, torch.bfloat16, (9, 0), is_plain=False) == "fused"
     assert choose_backend(499, None, torch.float32, (9, 0)) == "dequant_cublas"
     assert choose_backend(16000, "int8", torch.float32, (8, 0)) == "fused"
     with pytest.raises(NotImplementedError, match=r"capability 8\.0 .* got \(7, 5\)"):
         choose_backend(499, None, torch.float16, (7, 5))
 
 
+HOPPER = Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024)
+GPUS = {
+    "sm_80": Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024),
+    "sm_89": Gpu("NVIDIA L4", (8, 9), 58, 99 * 1024),
+    "sm_90": HOPPER,
+    "gfx942": Gpu("AMD MI300X", (9, 4), 304, 64 * 1024, is_hip=True),
+}
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("shared", [64 * 1024, 99 * 1024, 227 * 1024])
-def test_tiles_fill_the_device(bits, shared):
-    few = choose_config(16, 1024, 1024, bits, 2, num_sms=132, shared_bytes=shared)
-    many = choose_config(16000, 1024, 1024, bits, 2, num_sms=132, shared_bytes=shared)
-    assert few.block_m == 16
-    assert many.splits == 1
-    assert few.splits * 16 <= 132
-    for config in (few, many):
-        columns = config.block_bytes * 8 // bits
-        stage = config.block_n * config.block_bytes + config.block_m * columns * 2
-        assert config.num_stages * stage <= shared
+@pytest.mark.parametrize("itemsize", [1, 2])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_tiles_fit_and_fill_the_device(gpu, bits, itemsize):
+    pairs = byte_pairs(gpu)
+    for M in (1, 16, 64, 499, 2000, 16000):
+        for N, K in ((1024, 1024), (4096, 1024), (1024, 4096), (144, 324)):
+            for config in candidates(M, N, K, bits, itemsize, gpu):
+                weights = config.unroll * weights_per_block(bits, itemsize, pairs)
+                stage = config.block_n * weights * bits // 8 + config.block_m * weights * itemsize
+                assert config.num_stages * stage <= gpu.shared_bytes
+                assert config.splits <= -(-K // weights)
+            assert (
+                choose_config(M, N, K, bits, itemsize, gpu)
+                == candidates(M, N, K, bits, itemsize, gpu)[0]
+            )
 
 
-def test_a_short_sum_is_not_split():
-    assert choose_config(1, 64, 64, 4, 2, num_sms=132, shared_bytes=99 * 1024).splits == 1
+def test_few_tiles_are_made_smaller_or_split():
+    def programs(M, N, K):
+        config = choose_config(M, N, K, 4, 2, HOPPER)
+        return -(-N // config.block_n) * -(-M // config.block_m) * config.splits
+
+    assert choose_config(16000, 4096, 1024, 4, 2, HOPPER).block_m == 256
+    for shape in ((1, 1024, 1024), (16, 4096, 1024), (64, 1024, 4096), (499, 1024, 1024)):
+        assert programs(*shape) >= 100, shape
+    assert choose_config(499, 1024, 1024, 4, 2, HOPPER).splits == 1
+    assert choose_config(1, 64, 64, 4, 2, HOPPER).splits == 1
+
+
+def test_registers_are_limited_only_where_nothing_spills():
+    limited = [c for c in candidates(2000, 1024, 1024, 4, 2, HOPPER) if c.max_registers]
+    assert limited
+    for bits, itemsize, K in ((4, 2, 1000), (8, 2, 1024), (4, 1, 1024)):
+        assert not any(c.max_registers for c in candidates(2000, 1024, K, bits, itemsize, HOPPER))
+
+
+def choose(M, N=4096, K=1024, inputs=None, dtype=torch.bfloat16, is_plain=False, fixed=False):
+    return choose_linear(M, N, K, 4, 64, inputs, dtype, is_plain, fixed, HOPPER)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Writes the H200's table of tuned layers."""
+
+    def write(text):
+        (tmp_path / "nvidia-h200.json").write_text(text)
+        tuned.load_table.cache_clear()
+        choose_linear.cache_clear()
+
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    yield write
+    monkeypatch.undo()
+    write_nothing = (tuned.load_table, choose_linear)
+    for cached in write_nothing:
+        cached.cache_clear()
+
+
+def test_measured_choices_come_before_defaults(table):
+    config = {"block_n": 64, "block_m": 32, "splits": 2}
+    layer = {"N": 4096, "K": 1024, "bits": 4, "group_size": 64, "inputs": None, "is_plain": False}
+    rows = [
+        {"up_to": 512, "backend": "dequant_cublas", "config": None},
+        {"up_to": 32, "backend": "fused", "config": config},
+    ]
+    table(json.dumps({"linear": [layer | {"rows": rows}]}))
+    assert choose(20) == Choice("fused", LinearConfig(**config))
+    assert choose(33) == Choice("dequant_cublas")
+    # outside of what was measured
+    default = Choice("fused", choose_config(513, 4096, 1024, 4, 2, HOPPER))
+    assert choose(513) == default
+    assert choose(20, N=1024).config != LinearConfig(**config)
+    # cuBLAS may sum in an order that depends on the batch
+    assert choose(20, fixed=True).backend == "fused"
+    # fp32 is torch's own product
+    assert choose(20, dtype=torch.float32) == Choice("dequant_cublas")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"linear": [{"N": 1}]}', '{"linear": [1]}'])
+def test_a_broken_table_is_named(table, text):
+    table(text)
+    with pytest.raises(ValueError, match=r"nvidia-h200\.json is not a table"):
+        choose(20)
 
 
 def error_cases():

@@ -4,8 +4,6 @@ Dimension key: B batch, C input channels, N output channels, T input frames, T_o
 M = B * T_out rows of the output.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,25 +22,16 @@ from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
 from lowbit_kernels.matmul.dispatch import (
     DETERMINISTIC_FRAMES,
+    Gpu,
     choose_backend,
     choose_config,
     planned_rows,
 )
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
+from lowbit_kernels.matmul.gpu import gpu_of
 from lowbit_kernels.matmul.kernel import linear_triton
 
 Outputs = tuple[Tensor, Tensor | None]
-
-
-@functools.cache
-def device_properties(device: torch.device) -> tuple[tuple[int, int], int, int]:
-    """Capability, multiprocessors, and shared memory of one program."""
-    properties = torch.cuda.get_device_properties(device)
-    # AMD's properties lack the second limit: every program may use all of it
-    shared = getattr(
-        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
-    )
-    return (properties.major, properties.minor), properties.multi_processor_count, shared
 
 
 def choose_kernel(
@@ -91,17 +80,17 @@ def conv1d_cuda(
 
     Both lie in channel-last memory. See ``low_bit_conv1d``.
     """
-    capability, *limits = device_properties(x.device)
+    gpu = gpu_of(x.device)
     x = channel_last(x)
     residual = None if residual is None else residual.transpose(1, 2).contiguous()
     B, T_out, spec = x.shape[0], geometry.frames_out(x.shape[1]), weight.spec
     kernel = choose_kernel(
-        B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, capability,
+        B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, gpu.capability,
         spec.deterministic,
     )  # fmt: skip
     if kernel == "matmul":
         y, z = _matmul(
-            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, *limits
+            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, gpu
         )
     elif kernel == "dequant_cudnn":
         y, z = _dequant_cudnn(
@@ -132,9 +121,8 @@ def conv1d_backward_cuda(
     dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias)
     if not needs_x:
         return grad_y.new_empty(0), dbias
-    capability, *_ = device_properties(grad_y.device)
     kernel = choose_kernel(
-        B * T_out, geometry, weight.is_depthwise, None, dz.dtype, capability,
+        B * T_out, geometry, weight.is_depthwise, None, dz.dtype, gpu_of(grad_y.device).capability,
         weight.spec.deterministic,
     )  # fmt: skip
     dz = dz.view(B, T_out, weight.N)
@@ -157,8 +145,7 @@ def _matmul(
     geometry: Geometry,
     epilogue: str | None,
     want_preactivation: bool,
-    num_sms: int,
-    shared_bytes: int,
+    gpu: Gpu,
 ) -> Outputs:
     """A dense convolution as a matmul over windows [B, T_out, taps * C] that overlap in memory."""
     (B, T, C), dtype, k, x_scale = x.shape, x.dtype, geometry.kernel_size, None
@@ -171,9 +158,7 @@ def _matmul(
     windows = x.as_strided((B, T_out, k * C), (x.stride(0), geometry.stride * C, 1))
     residual = None if residual is None else residual.flatten(0, 1)
     rows = planned_rows(B * T_out, weight.spec.deterministic, DETERMINISTIC_FRAMES)
-    config = choose_config(
-        rows, weight.N, weight.K, weight.spec.bits, x.itemsize, num_sms, shared_bytes
-    )
+    config = choose_config(rows, weight.N, weight.K, weight.spec.bits, x.itemsize, gpu)
     return linear_triton(
         windows, weight, bias, residual, epilogue, config,
         x_scale=x_scale, dtype=dtype, want_preactivation=want_preactivation,

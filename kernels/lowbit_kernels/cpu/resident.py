@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.formats.packing import pack, to_codes
 
 PANEL = 48
 ZERO_POINT = 128
@@ -23,7 +24,8 @@ class Resident:
 
     Args:
         layout: ``"native"``: panels int8 [groups, P, ceil(K / 4), 48, 4]; ``"onednn"``: oneDNN's
-            own order, one [K, N] matrix a group; ``"float"``: the integers in fp32 [groups * N, K].
+            own order, one [K, N] matrix a group; ``"float"``: the integers in fp32 [groups * N, K];
+            ``"rows"``: packed at 8 bits, as ``formats/packing.py`` says, for a GPU.
         tensors: the copy.
         start: int32 [groups, P * 48], -128 times the sum of each channel, which cancels the
             input's zero point; native only.
@@ -108,6 +110,8 @@ def _is_true(entry: _Entry, weight: QuantizedWeight, layout: str, groups: int) -
 def _expand(integers: Tensor, layout: str, groups: int) -> Resident:
     if layout == "float":
         return Resident(layout, (integers.float(),), None)
+    if layout == "rows":
+        return Resident(layout, (pack(to_codes(integers, 8), 8),), None)
     per_group = integers.view(groups, -1, integers.shape[1])
     if layout == "onednn":
         packed = [torch.ops.onednn.qlinear_prepack(w.contiguous(), None) for w in per_group]

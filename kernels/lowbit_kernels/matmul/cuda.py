@@ -3,31 +3,22 @@
 Dimension key: M rows of the input, N output features, K input features.
 """
 
-import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit_kernels.cpu.resident import resident_int8
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import choose_backend, choose_config, planned_rows
+from lowbit_kernels.matmul.dispatch import choose_dx_backend, choose_linear
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
+from lowbit_kernels.matmul.gpu import gpu_of
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
 from lowbit_kernels.matmul.reference import input_scale_rows
-
-
-@functools.cache
-def _device(index: int) -> tuple[tuple[int, int], int, int]:
-    """Capability, multiprocessors, and shared memory of one program."""
-    properties = torch.cuda.get_device_properties(index)
-    # AMD's properties lack the second limit: every program may use all of it
-    shared = getattr(
-        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
-    )
-    return (properties.major, properties.minor), properties.multi_processor_count, shared
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -51,14 +42,15 @@ def linear_cuda(
     want_preactivation: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs [..., N_out] and, if wanted, pre-activations [..., N]. See ``low_bit_linear``."""
-    rows, batch = as_rows(x), x.shape[:-1]
-    capability, num_sms, shared_bytes = _device(x.device.index)
-    M = rows.shape[0] * rows.shape[1]
-    spec = weight.spec
-    backend = choose_backend(M, spec.inputs, x.dtype, capability, spec.deterministic)
-    if backend == "dequant_cublas":
+    rows, batch, spec = as_rows(x), x.shape[:-1], weight.spec
+    choice = choose_linear(
+        rows.shape[0] * rows.shape[1], weight.N, weight.K, spec.bits, spec.group, spec.inputs,
+        x.dtype, epilogue is None and residual is None, spec.deterministic, gpu_of(x.device),
+    )  # fmt: skip
+    residual = _matrix(residual)
+    if choice.config is None:
         y, z = linear_dequant_cublas(
-            rows, weight, bias, _matrix(residual), epilogue, want_preactivation=want_preactivation
+            rows, weight, bias, residual, epilogue, want_preactivation=want_preactivation
         )
     else:
         x_scale = None
@@ -66,17 +58,22 @@ def linear_cuda(
             if spec.input_scale != "token":
                 x_scale = input_scale_rows(x, spec.input_scale, weight.input_scale)
             rows, x_scale = quantize_rows_triton(rows, x_scale)
-        config = choose_config(
-            planned_rows(M, spec.deterministic), weight.N, weight.K, spec.bits, rows.itemsize,
-            num_sms, shared_bytes,
-        )  # fmt: skip
+        if choice.backend == "resident_int8":
+            weight = _resident(weight)
         y, z = linear_triton(
-            rows, weight, bias, _matrix(residual), epilogue, config,
+            rows, weight, bias, residual, epilogue, choice.config,
             x_scale=x_scale, dtype=x.dtype, want_preactivation=want_preactivation,
         )  # fmt: skip
     # views would refuse to be written into by whoever gets them
     y = torch.ops.aten._unsafe_view(y, (*batch, y.shape[-1]))
     return y, None if z is None else torch.ops.aten._unsafe_view(z, (*batch, weight.N))
+
+
+def _resident(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight expanded to 8 bits, once: the same integers, so the same result."""
+    copy = resident_int8(weight, "rows").tensors[0]
+    spec = replace(weight.spec, bits=8, group_size=None)
+    return QuantizedWeight(copy, weight.scale, None, None, weight.K, spec, weight.input_scale)
 
 
 def linear_dequant_cublas(
@@ -88,7 +85,11 @@ def linear_dequant_cublas(
     *,
     want_preactivation: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Like ``kernel.linear_triton`` for floating-point x: dequantize, then torch's matmul."""
+    """Like ``kernel.linear_triton`` for floating-point x: dequantize, then torch's matmul.
+
+    The dequantized weight lives until the product is done; the allocator gives the same memory to
+    the next layer, and a captured graph keeps one piece for all of them.
+    """
     z = F.linear(x_btk, dequantize_triton(weight, x_btk.dtype), bias).view(-1, weight.N)
     saved = z if want_preactivation else None
     if epilogue is None and residual is None and saved is None:
@@ -108,9 +109,8 @@ def linear_backward_cuda(
     dy, z = _matrix(grad_y), _matrix(preactivation)
     assert dy is not None
     dz, dbias = epilogue_backward_triton(dy, z, epilogue, needs_bias_grad)
-    capability, *_ = _device(grad_y.device.index)
-    fixed = weight.spec.deterministic
-    if choose_backend(dz.shape[0], None, dz.dtype, capability, fixed) == "dequant_cublas":
+    capability, fixed = gpu_of(grad_y.device).capability, weight.spec.deterministic
+    if choose_dx_backend(dz.shape[0], dz.dtype, capability, fixed) == "dequant_cublas":
         dx = dz @ dequantize_triton(weight, dz.dtype)
     else:
         dx = linear_dx_triton(dz, weight)

@@ -13,6 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul.decode_asm import (
+    half_asm,
+    half_bias,
+    half_constraints,
+    int8_asm,
+    level_bias,
+    level_step,
+)
 
 
 @triton.jit
@@ -35,6 +43,52 @@ def decode_levels(q, shift, BITS: tl.constexpr, DTYPE: tl.constexpr):
             levels = (2 * code | ONE).to(DTYPE, bitcast=True) - (BASE + 2**BITS - 1)
         levels = levels.to(DTYPE)
     return levels
+
+
+@triton.jit
+def decode_slice(
+    q, m, BITS: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr
+):
+    # q uint8 [N, J], m uint8 [N, 1 or J] the group scale or None -> level * m, [N, J] of DTYPE.
+    # PAIRS: pairs of bytes a register holds, 0 without inline assembly
+    if BITS == 8 and DTYPE.is_int():
+        w = q.to(tl.int8, bitcast=True)
+    elif PAIRS == 0:
+        w = decode_levels(q, SHIFT, BITS, DTYPE)
+        if m is not None:
+            w = w * m.to(DTYPE)
+    else:
+        IS_FP16: tl.constexpr = DTYPE.is_fp16()
+        if DTYPE.is_int():
+            m = tl.full((1, 1), 1, tl.int32) if m is None else m.to(tl.int32)
+            factor = m * level_step(BITS)
+            offset = (128 - m * level_bias(BITS)) * 0x01010101
+            w = tl.inline_asm_elementwise(
+                int8_asm(BITS, SHIFT), "=r,r,r,r,r,r,r,r,r,r",
+                [q, tl.broadcast_to(factor, q.shape), tl.broadcast_to(offset, q.shape)],
+                dtype=tl.int8, is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            if m is None:
+                factor = tl.full((1, 1), 1.0, DTYPE)
+            else:
+                # the bits of 1024 + m in fp16, of 128 + m in bf16: no conversion, which is slow
+                BASE: tl.constexpr = 1024.0 if IS_FP16 else 128.0
+                ONE: tl.constexpr = 0x6400 if IS_FP16 else 0x4300
+                factor = ((m.to(tl.uint16) | ONE).to(DTYPE, bitcast=True) - BASE).to(DTYPE)
+            offset = (factor * -half_bias(BITS, IS_FP16)).to(DTYPE)
+            w = tl.inline_asm_elementwise(
+                half_asm(BITS, SHIFT, IS_FP16, PAIRS), half_constraints(PAIRS),
+                [q, tl.broadcast_to(factor, q.shape), tl.broadcast_to(offset, q.shape)],
+                dtype=tl.float16 if IS_FP16 else tl.bfloat16, is_pure=True, pack=2 * PAIRS,
+            )  # fmt: skip
+    return w
+
+
+@triton.jit
+def side_by_side(a, b):
+    # [N, J] and [N, J] -> [N, 2 J]; registers only, where each thread holds the same of both
+    return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
 
 
 @triton.jit

@@ -3,16 +3,31 @@
 Dimension key: M rows of the input, N output features, K input features.
 """
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-BACKENDS = ("fused", "dequant_cublas")
+from lowbit_kernels.matmul.tuned import tuned_choice
 
-# from here on the weight is dequantized once and cuBLAS multiplies: the fused loop of plain Triton
-# issues about as many cycles of unpacking as of matrix work, and a whole dequantized weight costs
-# less than that when thousands of rows share it
+BACKENDS = ("fused", "dequant_cublas", "resident_int8", "csrc")
+
+# from here on, where nothing follows the product, the weight is dequantized once and cuBLAS
+# multiplies: a whole dequantized weight costs less than 2 % of a product with thousands of rows.
+# With an activation or a residual the fused kernel saves a pass over the output, which costs a
+# third of the product's own time at K = 1024
 DEQUANTIZE_FROM_M = 4096
+
+# a gradient's weight passes through shared memory on its way to the matrix unit, which leaves the
+# fused loop about three quarters of its rate: a dequantized weight is worth its bytes sooner
+DEQUANTIZE_DX_FROM_M = 1024
+
+# of an H100: what one multiprocessor multiplies, operands of one byte; what the L2 cache moves; and
+# a second launch, which adds the parts of a sum. They only compare tiles with each other
+MACS_PER_CYCLE = 4096
+L2_BYTES_PER_CYCLE = 2500
+SPLIT_CYCLES = 1500
 
 # rows that a deterministic layer takes its tiles for, however many it gets: of a linear layer about
 # ten seconds of an encoder's frames; of a front end's convolution so many that no sum is split,
@@ -22,24 +37,78 @@ DETERMINISTIC_FRAMES = 4096
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What dispatch knows of a device.
+
+    Args:
+        name: as the driver says it.
+        capability: as ``torch.cuda.get_device_capability`` gives it.
+        num_sms: multiprocessors.
+        shared_bytes: shared memory that one program may use.
+        is_hip: whether it is AMD's.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    shared_bytes: int
+    is_hip: bool = False
+
+
+@dataclass(frozen=True)
 class LinearConfig:
     """Tile sizes of the fused kernel.
 
     Args:
         block_n: output features a tile.
         block_m: rows a tile.
-        block_bytes: packed bytes a row and step; 32 below 8 bits.
         num_warps: warps a program.
         num_stages: steps in flight.
         splits: parts of the sum over K.
+        unroll: blocks of packed bytes a step.
+        max_registers: of a thread; None leaves it to the compiler.
     """
 
     block_n: int
     block_m: int
-    block_bytes: int = 32
     num_warps: int = 4
     num_stages: int = 3
     splits: int = 1
+    unroll: int = 1
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+
+def bytes_per_part(bits: int, itemsize: int) -> int:
+    """Packed bytes a row that the fused kernel reads at a time, for inputs of ``itemsize`` bytes.
+
+    Those of the format's block; int8 inputs and weights go to the matrix unit as they are, 128
+    bytes at a time, the most that it reads at once.
+    """
+    return 128 if bits == 8 and itemsize == 1 else 32
+
+
+def weights_per_block(bits: int, itemsize: int, pairs: int) -> int:
+    """Weights a row of a block of the fused kernel; ``pairs`` as of ``byte_pairs``."""
+    if bits < 8:
+        return 32 * 8 // bits
+    return bytes_per_part(bits, itemsize) * (2 if pairs == 1 and itemsize > 1 else 1)
+
+
+def byte_pairs(gpu: Gpu) -> int:
+    """Pairs of packed bytes that one register holds in the matrix unit's order.
+
+    Returns:
+        1 for ``wgmma``, 2 for ``mma.sync``; 0 where there is no PTX.
+    """
+    if gpu.is_hip:
+        return 0
+    return 1 if gpu.capability[0] == 9 else 2
 
 
 def choose_backend(
@@ -48,8 +117,9 @@ def choose_backend(
     dtype: torch.dtype,
     capability: tuple[int, int],
     deterministic: bool = False,
+    is_plain: bool = True,
 ) -> str:
-    """The backend that serves a linear layer on CUDA.
+    """The backend that serves a linear layer on CUDA where no measurement names another.
 
     Args:
         M: rows of the input.
@@ -57,6 +127,7 @@ def choose_backend(
         dtype: of the input.
         capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
         deterministic: ``QuantSpec.deterministic``; the answer does not depend on M.
+        is_plain: whether neither an activation nor a residual follows.
 
     Returns:
         ``"fused"``: the weight is unpacked in registers; ``"dequant_cublas"``: the weight is
@@ -81,19 +152,48 @@ def choose_backend(
             )
         return "fused"
     # the matrix units take fp32 as TF32 or not at all: that is torch's setting, so torch's product
-    if dtype == torch.float32 or M >= DEQUANTIZE_FROM_M:
+    if dtype == torch.float32 or (is_plain and M >= DEQUANTIZE_FROM_M):
         return "dequant_cublas"
     return "fused"
 
 
-# rows up to, tile: wgmma wants 64 features, 4 warps or a multiple, and 16 rows or more; few rows
-# mean few programs, so small tiles share them among more multiprocessors
-_TILES = (
-    (16, LinearConfig(block_n=64, block_m=16, num_stages=4)),
-    (64, LinearConfig(block_n=64, block_m=64, num_stages=4)),
-    (512, LinearConfig(block_n=128, block_m=64, num_stages=4)),
+def choose_dx_backend(
+    M: int, dtype: torch.dtype, capability: tuple[int, int], deterministic: bool
+) -> str:
+    """The backend of the gradient of a layer's input; as ``choose_backend``."""
+    backend = choose_backend(M, None, dtype, capability, deterministic)
+    return "dequant_cublas" if M >= DEQUANTIZE_DX_FROM_M and not deterministic else backend
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile, and the share of the matrix unit's rate that its loop allows.
+
+    The share is read off the disassembly (``python -m bench static``), with something taken off
+    where only one program fits on a multiprocessor and nothing fills its waits.
+    """
+
+    config: LinearConfig
+    share: float
+    max_rows: int | None = None
+
+
+_HOPPER = (
+    _Tile(LinearConfig(128, 256, num_warps=8, num_stages=3), 1.0),
+    _Tile(LinearConfig(128, 128, num_warps=8, num_stages=4, max_registers=128), 0.9),
+    _Tile(LinearConfig(64, 128, num_stages=4), 0.8),
+    _Tile(LinearConfig(64, 64, num_stages=4), 0.6),
+    _Tile(LinearConfig(64, 32, num_stages=4), 0.38, max_rows=32),
+    _Tile(LinearConfig(64, 16, num_stages=4), 0.2, max_rows=16),
+    _Tile(LinearConfig(128, 16, num_stages=4, unroll=2), 0.26, max_rows=16),
 )
-_LARGEST = LinearConfig(block_n=128, block_m=128, num_warps=8, num_stages=3)
+_OTHERS = (
+    _Tile(LinearConfig(128, 128, num_warps=8, num_stages=3), 0.8),
+    _Tile(LinearConfig(128, 64, num_stages=4), 0.7),
+    _Tile(LinearConfig(64, 64, num_stages=4), 0.6),
+    _Tile(LinearConfig(64, 32, num_stages=4), 0.38, max_rows=32),
+    _Tile(LinearConfig(64, 16, num_stages=4), 0.2, max_rows=16),
+)
 
 
 def planned_rows(M: int, deterministic: bool, typical: int = DETERMINISTIC_ROWS) -> int:
@@ -101,10 +201,9 @@ def planned_rows(M: int, deterministic: bool, typical: int = DETERMINISTIC_ROWS)
     return typical if deterministic else max(M, 1)
 
 
-def choose_config(
-    M: int, N: int, K: int, bits: int, itemsize: int, num_sms: int, shared_bytes: int
-) -> LinearConfig:
-    """Tiles of the fused kernel for a shape.
+@functools.lru_cache(maxsize=4096)
+def choose_config(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> LinearConfig:
+    """Tiles of the fused kernel for a shape: those whose busiest multiprocessor is done first.
 
     Args:
         M: rows of the input, at least 1.
@@ -112,28 +211,136 @@ def choose_config(
         K: input features.
         bits: bits a weight.
         itemsize: bytes an element of the input, 1 for int8.
-        num_sms: multiprocessors of the device.
-        shared_bytes: shared memory that one program may use.
+        gpu: the device.
     """
-    config = next((config for limit, config in _TILES if limit >= M), _LARGEST)
-    if bits == 8:
-        # nothing to unpack: longer steps cost no registers
-        config = replace(config, block_bytes=64)
-    # below 4 bits a step is a long run of x
-    while _shared_bytes(config, bits, itemsize) > shared_bytes:
+    return min(_fitted(M, N, K, bits, itemsize, gpu), key=lambda config: config[1])[0]
+
+
+def candidates(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> list[LinearConfig]:
+    """Tiles worth measuring for a shape, the default first; arguments as of ``choose_config``."""
+    found = {choose_config(M, N, K, bits, itemsize, gpu): None}
+    for config, _ in _fitted(M, N, K, bits, itemsize, gpu):
+        steps = -(-K // _weights_per_step(config, bits, itemsize, gpu))
+        most = min(steps, 2 * config.splits)
+        found |= {replace(config, splits=s): None for s in (1, 2, 4, 8, 16) if s <= most}
+        found[replace(config, num_stages=max(2, config.num_stages - 1))] = None
+    return list(found)
+
+
+def _fitted(
+    M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu
+) -> Iterator[tuple[LinearConfig, float]]:
+    """Every tile that serves a shape, and the cycles until its busiest multiprocessor is done."""
+    for tile in _HOPPER if gpu.capability[0] == 9 and not gpu.is_hip else _OTHERS:
+        if tile.max_rows is not None and tile.max_rows < M:
+            continue
+        config = _fit(tile.config, K, bits, itemsize, gpu)
+        weights = _weights_per_step(config, bits, itemsize, gpu)
+        steps = -(-K // weights)
+        config = replace(config, splits=_splits(config, M, N, steps, gpu))
+        programs = _tiles(config, M, N) * config.splits
+        # its part of the steps, and about two more to fill the pipeline and write the tile
+        work = (steps / config.splits + 2) * weights * config.block_n * config.block_m
+        cycles = -(-programs // gpu.num_sms) * work / tile.share / (MACS_PER_CYCLE / itemsize)
+        if config.splits > 1:
+            cycles += SPLIT_CYCLES + config.splits * M * N * 8 / L2_BYTES_PER_CYCLE
+        yield config, cycles
+
+
+def _fit(config: LinearConfig, K: int, bits: int, itemsize: int, gpu: Gpu) -> LinearConfig:
+    """The config, made to fit a multiprocessor's memory, and its registers without a limit."""
+    while _shared_bytes(config, bits, itemsize, gpu) > gpu.shared_bytes:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
         else:
             config = replace(config, block_m=config.block_m // 2)
-    tiles = -(-N // config.block_n) * -(-M // config.block_m)
-    steps = -(-K * bits // (8 * config.block_bytes))
-    # a part has at least 4 steps, so that its loads overlap its arithmetic
-    splits = max(1, min(num_sms // tiles, steps // 4, 8))
-    return replace(config, splits=splits)
+    # two programs share a multiprocessor only where memory and registers allow: other kernels
+    # would spill for nothing
+    is_even = K % _weights_per_step(config, bits, itemsize, gpu) == 0
+    fits = bits == 4 and itemsize == 2 and is_even and not gpu.is_hip
+    return config if fits else replace(config, max_registers=None)
 
 
-def _shared_bytes(config: LinearConfig, bits: int, itemsize: int) -> int:
+def _splits(config: LinearConfig, M: int, N: int, steps: int, gpu: Gpu) -> int:
+    """Parts of the sum over K: as many as there are multiprocessors left, with a few steps each."""
+    # a few rows are a matter of latency: more and shorter programs, whose sums are small
+    programs, least, most = (2, 2, 16) if config.block_m <= 32 else (1, 4, 8)
+    free = programs * gpu.num_sms // _tiles(config, M, N)
+    return max(1, min(free, steps // least, most))
+
+
+def _tiles(config: LinearConfig, M: int, N: int) -> int:
+    return -(-N // config.block_n) * -(-M // config.block_m)
+
+
+def _weights_per_step(config: LinearConfig, bits: int, itemsize: int, gpu: Gpu) -> int:
+    return config.unroll * weights_per_block(bits, itemsize, byte_pairs(gpu))
+
+
+def _shared_bytes(config: LinearConfig, bits: int, itemsize: int, gpu: Gpu) -> int:
     """An upper bound: every stage holds its packed bytes and its part of x."""
-    columns = config.block_bytes * 8 // bits
-    step = config.block_n * config.block_bytes + config.block_m * columns * itemsize
+    weights = _weights_per_step(config, bits, itemsize, gpu)
+    step = config.block_n * weights * bits // 8 + config.block_m * weights * itemsize
     return config.num_stages * step
+
+
+@dataclass(frozen=True)
+class DxConfig:
+    """Tile of the gradient kernel: rows, packed bytes a weight row, warps."""
+
+    block_m: int
+    block_bytes: int
+    num_warps: int
+
+
+def choose_dx_config(M: int, bits: int, deterministic: bool) -> DxConfig:
+    """Tile of the gradient of x [M, K]: 128 columns of it, 64 of few rows, 256 at 1 bit."""
+    if M <= 32 and not deterministic:
+        return DxConfig(32, max(32, 8 * bits), num_warps=4)
+    return DxConfig(128 if bits > 1 else 64, max(32, 16 * bits), num_warps=8)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and, where it is ``"fused"`` or ``"resident_int8"``, the tiles of its kernel."""
+
+    backend: str
+    config: LinearConfig | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_linear(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    inputs: str | None,
+    dtype: torch.dtype,
+    is_plain: bool,
+    deterministic: bool,
+    gpu: Gpu,
+) -> Choice:
+    """Backend and tiles of a linear layer: measured ones if the device has a table, else defaults.
+
+    Args:
+        M, N, K: rows of the input, output features, input features.
+        bits, group_size, inputs, deterministic: of the weight's ``QuantSpec``.
+        dtype: of the input.
+        is_plain: whether neither an activation nor a residual follows.
+        gpu: the device.
+
+    Raises:
+        NotImplementedError: as ``choose_backend``.
+    """
+    backend = choose_backend(M, inputs, dtype, gpu.capability, deterministic, is_plain)
+    rows = planned_rows(M, deterministic)
+    itemsize = 2 if inputs is None else 1
+    if dtype != torch.float32 or inputs is not None:
+        measured = tuned_choice(gpu.name, rows, N, K, bits, group_size, inputs, is_plain)
+        if measured is not None and not (deterministic and measured[0] == "dequant_cublas"):
+            backend, config = measured
+            return Choice(backend, None if config is None else LinearConfig(**config))
+    if backend == "dequant_cublas":
+        return Choice(backend)
+    return Choice(backend, choose_config(rows, N, K, bits, itemsize, gpu))

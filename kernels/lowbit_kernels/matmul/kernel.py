@@ -4,8 +4,8 @@ Dimension key: M rows of x, seen as [B, T]; N output features, N_out N / 2 with 
 without; K input features.
 
 The tile is that of y.T: the weight is the left operand, which ``wgmma`` takes from registers. A
-step of the loop over K is one block of packed bytes (``formats/packing.py``), a ``tl.dot`` is one
-slice of it.
+step of the loop over K is ``UNROLL`` blocks of packed bytes (``formats/packing.py``), a ``tl.dot``
+is one slice of a block, or two for ``wgmma``.
 """
 
 import torch
@@ -14,9 +14,101 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.formats import QuantizedWeight
-from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_levels
-from lowbit_kernels.matmul.dispatch import LinearConfig
+from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_slice, side_by_side
+from lowbit_kernels.matmul.dispatch import (
+    LinearConfig,
+    bytes_per_part,
+    weights_per_block,
+)
 from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
+from lowbit_kernels.matmul.gpu import pairs_of
+
+MAX_ROWS_WRITTEN = tl.constexpr(32)
+
+
+@triton.jit
+def _load_bytes(q_ptrs, start, offs_j, row_bytes, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        q = tl.load(q_ptrs + start)
+    else:
+        # a step may reach past the end of a row
+        q = tl.load(q_ptrs + start, mask=(start + offs_j < row_bytes)[None, :], other=0)
+    return q
+
+
+@triton.jit
+def _decode(
+    q, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start, num_groups,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SLICE: tl.constexpr, DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    # the weights of one slice of q, those of K from start on
+    if GROUP_SIZE > 0:
+        # in L1 after the first of a row's groups
+        group = group_rows + tl.minimum(start // GROUP_SIZE, num_groups - 1)
+    # 8-bit weights are one slice
+    SHIFT: tl.constexpr = 0 if BITS == 8 else SLICE * BITS
+    if zero_point_ptr is not None:
+        zero = tl.load(zero_point_ptr + group).to(tl.float32)
+        step = tl.load(scale_ptr + group).to(tl.float32)
+        w = decode_asymmetric(q, SHIFT, zero[:, None], step[:, None], BITS, DTYPE)
+    elif GROUP_SIZE > 0:
+        w = decode_slice(q, tl.load(group_scale_ptr + group)[:, None], BITS, SHIFT, DTYPE, PAIRS)
+    else:
+        w = decode_slice(q, None, BITS, SHIFT, DTYPE, PAIRS)
+    return w
+
+
+@triton.jit
+def _write_tile(
+    acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+    start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
+    EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    # a few rows at a time: those of a whole tile, with their addresses, would not fit in registers
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    if BLOCK_M > MAX_ROWS_WRITTEN:
+        HALF: tl.constexpr = BLOCK_M // 2
+        first, second = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
+        _write_tile(
+            first, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
+            EPILOGUE,
+        )  # fmt: skip
+        _write_tile(
+            second, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            start_m + HALF, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
+            EPILOGUE,
+        )  # fmt: skip
+    else:
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        rows = tl.minimum(offs_m, M - 1)
+        mask_m = (offs_m < M)[None, :]
+        z = acc.to(tl.float32)
+        if scale is not None:
+            z *= scale[:, None]
+        if x_scale_ptr is not None:
+            z *= tl.load(x_scale_ptr + rows)[None, :]
+        if bias is not None:
+            z += bias[:, None]
+        if z_ptr is not None:
+            z_ptrs = z_ptr + offs_m[None, :] * N + offs_n[:, None]
+            tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask_m & mask_n[:, None])
+        BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if EPILOGUE == "glu" else BLOCK_N
+        if EPILOGUE == "glu":
+            pairs = z.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+            value, gate = pairs.split()
+            y = (value * tl.sigmoid(gate)).reshape(BLOCK_OUT, BLOCK_M)
+        else:
+            y = activate(z, EPILOGUE, y_ptr.dtype.element_ty.primitive_bitwidth < 32)
+        offs_out = start_n + tl.arange(0, BLOCK_OUT)
+        mask = mask_m & (offs_out < N_out)[:, None]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + rows[None, :] * stride_rm + offs_out[:, None]
+            y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # lengths differ from utterance to utterance, and must not compile a kernel each
@@ -24,10 +116,11 @@ from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
 def _linear_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
     bias_ptr, residual_ptr, y_ptr, z_ptr,
-    M, N, K, T, N_out, num_groups, blocks_per_split,
+    M, N, K, T, N_out, num_groups, steps_per_split,
     stride_xb, stride_xt, stride_qn, stride_rm,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EPILOGUE: tl.constexpr, IS_SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    EVEN_K: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     # programs that share rows of x are neighbors: x is the large operand, the weight stays in L2
     IS_GLU: tl.constexpr = EPILOGUE == "glu"
@@ -47,77 +140,65 @@ def _linear_kernel(
     else:
         index_n = start_n + index
         offs_n = tl.minimum(index_n, N - 1)
-    offs_j = tl.arange(0, BLOCK_BYTES)
-    x_rows = x_ptr + rows // T * stride_xb + rows % T * stride_xt
-    q_ptrs = qweight_ptr + offs_n.to(tl.int64)[:, None] * stride_qn + offs_j[None, :]
-    group_rows = offs_n * num_groups
 
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SUM: tl.constexpr = tl.int32 if DTYPE.is_int() else tl.float32
-    SLICES: tl.constexpr = 8 // BITS
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
-    first = tl.program_id(1) * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_BYTES * SLICES))
-    for block in range(first, last):
-        if BITS == 8:
-            # only 8-bit blocks may be longer than the 32 bytes that rows are padded to
-            q = tl.load(
-                q_ptrs + block * BLOCK_BYTES,
-                mask=(block * BLOCK_BYTES + offs_j < K)[None, :],
-                other=0,
-            )
-        else:
-            q = tl.load(q_ptrs + block * BLOCK_BYTES)
-        for u in tl.static_range(SLICES):
-            start = (block * SLICES + u) * BLOCK_BYTES
-            offs_k = start + offs_j
-            # the weight's padding decodes to anything, so x must be 0 there
-            x = tl.load(x_rows[None, :] + offs_k[:, None], mask=(offs_k < K)[:, None], other=0)
-            if zero_point_ptr is not None:
-                group = group_rows + tl.minimum(start // GROUP_SIZE, num_groups - 1)
-                zero = tl.load(zero_point_ptr + group).to(tl.float32)
-                step = tl.load(scale_ptr + group).to(tl.float32)
-                w = decode_asymmetric(q, u * BITS, zero[:, None], step[:, None], BITS, DTYPE)
-            else:
-                w = decode_levels(q, u * BITS, BITS, DTYPE)
-                if GROUP_SIZE > 0:
-                    group = group_rows + tl.minimum(start // GROUP_SIZE, num_groups - 1)
-                    w = w * tl.load(group_scale_ptr + group).to(DTYPE)[:, None]
-            acc = tl.dot(w, x, acc, out_dtype=SUM)
+    # a part of a block is a run of BLOCK_BYTES along K: a slice of its bytes, or bytes of its own
+    # at 8 bits. wgmma reads x from shared memory in its own order, so two parts make a dot for it
+    PER_DOT: tl.constexpr = 2 if PAIRS == 1 and not (BITS == 8 and DTYPE.is_int()) else 1
+    PARTS: tl.constexpr = PER_DOT if BITS == 8 else 8 // BITS
+    RUN: tl.constexpr = PER_DOT * BLOCK_BYTES
+    offs_j = tl.arange(0, BLOCK_BYTES)
+    offs_k = tl.arange(0, RUN)
+    x_rows = x_ptr + rows // T * stride_xb + rows % T * stride_xt
+    x_ptrs = x_rows[None, :] + offs_k[:, None]
+    q_ptrs = qweight_ptr + offs_n.to(tl.int64)[:, None] * stride_qn + offs_j[None, :]
+    group_rows = offs_n * num_groups
 
-    mask_m = (offs_m < M)[None, :]
-    mask_n = (index_n < N_out)[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
+    first = tl.program_id(1) * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_BYTES * PARTS * UNROLL))
+    for step in range(first, last):
+        for i in tl.static_range(UNROLL):
+            block = step * UNROLL + i
+            if BITS < 8:
+                q = _load_bytes(q_ptrs, block * BLOCK_BYTES, offs_j, stride_qn, EVEN_K)
+            for d in tl.static_range(PARTS // PER_DOT):
+                start = (block * PARTS + d * PER_DOT) * BLOCK_BYTES
+                if EVEN_K:
+                    x = tl.load(x_ptrs + start)
+                else:
+                    # the weight's padding decodes to anything, so x must be 0 there
+                    x = tl.load(x_ptrs + start, mask=(start + offs_k < K)[:, None], other=0)
+                if BITS == 8:
+                    q = _load_bytes(q_ptrs, start, offs_j, stride_qn, EVEN_K)
+                w = _decode(
+                    q, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start, num_groups,
+                    BITS, GROUP_SIZE, d * PER_DOT, DTYPE, PAIRS,
+                )  # fmt: skip
+                if PER_DOT == 2:
+                    start += BLOCK_BYTES
+                    if BITS == 8:
+                        q = _load_bytes(q_ptrs, start, offs_j, stride_qn, EVEN_K)
+                    w2 = _decode(
+                        q, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start,
+                        num_groups, BITS, GROUP_SIZE, d * PER_DOT + 1, DTYPE, PAIRS,
+                    )  # fmt: skip
+                    w = side_by_side(w, w2)
+                acc = tl.dot(w, x, acc, out_dtype=SUM)
+
     if IS_SPLIT:
         part = y_ptr + tl.program_id(1).to(tl.int64) * M * N
-        tl.store(part + offs_m[None, :] * N + offs_n[:, None], acc, mask=mask_m & mask_n)
+        mask = (offs_m < M)[None, :] & (index_n < N)[:, None]
+        tl.store(part + offs_m[None, :] * N + offs_n[:, None], acc, mask=mask)
     else:
-        z = acc.to(tl.float32)
-        if zero_point_ptr is None:
-            scale = tl.load(scale_ptr + offs_n)[:, None]
-            if x_scale_ptr is not None:
-                scale = scale * tl.load(x_scale_ptr + rows)[None, :]
-            z *= scale
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-        if z_ptr is not None:
-            tl.store(
-                z_ptr + rows[None, :] * N + offs_n[:, None],
-                z.to(z_ptr.dtype.element_ty),
-                mask=mask_m & mask_n,
-            )
-        if IS_GLU:
-            pairs = z.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-            value, gate = pairs.split()
-            y = (value * tl.sigmoid(gate)).reshape(BLOCK_OUT, BLOCK_M)
-        else:
-            y = activate(z, EPILOGUE)
-        offs_out = start_n + tl.arange(0, BLOCK_OUT)
-        mask = mask_m & (offs_out < N_out)[:, None]
-        if residual_ptr is not None:
-            residual_ptrs = residual_ptr + rows[None, :] * stride_rm + offs_out[:, None]
-            y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        scale = tl.load(scale_ptr + offs_n) if zero_point_ptr is None else None
+        bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
+        _write_tile(
+            acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            start_m, start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
+            EPILOGUE,
+        )  # fmt: skip
 
 
 def linear_triton(
@@ -164,7 +245,9 @@ def linear_triton(
         if is_split
         else torch.empty(M, N_out, dtype=dtype, device=device)
     )
-    blocks = triton.cdiv(K, config.block_bytes * 8 // spec.bits)
+    pairs = pairs_of(device, _linear_kernel)
+    block_bytes = bytes_per_part(spec.bits, x_btk.itemsize)
+    step = weights_per_block(spec.bits, x_btk.itemsize, pairs) * config.unroll
     # a part of the sum holds values and gates side by side, so its tiles are those of a plain layer
     tiles_n = (
         triton.cdiv(N, config.block_n)
@@ -175,13 +258,13 @@ def linear_triton(
         x_btk, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, x_scale,
         None if is_split else bias, None if is_split else residual, y, None if is_split else z,
         M, N, K, T, N if is_split else N_out,
-        -(-K // spec.group) if spec.group else 0, triton.cdiv(blocks, config.splits),
+        -(-K // spec.group) if spec.group else 0, triton.cdiv(triton.cdiv(K, step), config.splits),
         x_btk.stride(0), x_btk.stride(1), weight.qweight.stride(0),
         0 if residual is None else residual.stride(0),
         BITS=spec.bits, GROUP_SIZE=spec.group, EPILOGUE=None if is_split else epilogue,
-        IS_SPLIT=is_split,
-        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_BYTES=config.block_bytes,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        IS_SPLIT=is_split, EVEN_K=K % step == 0, PAIRS=pairs,
+        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_BYTES=block_bytes,
+        UNROLL=config.unroll, **config.options,
     )  # fmt: skip
     if not is_split:
         return y, z

@@ -131,7 +131,7 @@ def _depthwise_conv1d_kernel(
         z = acc[i].to(tl.float32) * scale + bias
         if z_ptr is not None:
             tl.store(z_ptr + offs, z, mask=mask)
-        y = activate(z, EPILOGUE)
+        y = activate(z, EPILOGUE, y_ptr.dtype.element_ty.primitive_bitwidth < 32)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         # where, not a product: a masked gradient is 0 even where the sum is infinite

@@ -96,7 +96,7 @@ def _implicit_gemm_conv1d_kernel(
     offs = (offs_t * N)[None, :] + offs_n[:, None]
     if z_ptr is not None:
         tl.store(z_ptr + tile + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-    y = activate(z, EPILOGUE)
+    y = activate(z, EPILOGUE, y_ptr.dtype.element_ty.primitive_bitwidth < 32)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + tile + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + tile + offs, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,31 @@
+"""The device that a tensor is on, as dispatch sees it."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from lowbit_kernels.matmul.dispatch import Gpu, byte_pairs
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Name, capability and limits of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    # AMD's properties lack the second limit: every program may use all of it
+    shared = getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    )
+    return Gpu(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        shared,
+        torch.version.hip is not None,
+    )
+
+
+def pairs_of(device: torch.device, kernel: Any) -> int:
+    """``byte_pairs`` of the device; 0 where the kernel is interpreted, which knows no assembly."""
+    return byte_pairs(gpu_of(device)) if isinstance(kernel, triton.JITFunction) else 0
