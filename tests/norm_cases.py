@@ -1,4 +1,4 @@
-"""Inputs that the tests of both norms share."""
+"""Inputs and checks that the tests of norms and activations share."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from lowbit_kernels.norm.group_norm_kernel import (
     masked_group_norm_backward_triton,
     masked_group_norm_triton,
 )
+from lowbit_kernels.testing import assert_as_accurate
 
 EPS = 1e-5
 DTYPES = [
@@ -31,3 +32,20 @@ def group_norm_kernels(x, weight, bias, grad, lengths, num_groups):
             grad, x, weight, bias, mean, rstd, lengths, num_groups
         ),
     ]  # fmt: skip
+
+
+def assert_quantized(q, scale, low, high, static=None):
+    """q is the level nearest to ``high`` (fp64), of which ``low`` is PyTorch's result."""
+    assert q.dtype == torch.int8
+    if static is None:
+        # in the precision of the values, but a scale has no more than fp32's
+        dtype = torch.float32 if low.dtype == torch.float64 else low.dtype
+        amax_low, amax_high = (y.abs().amax(-1, keepdim=True) for y in (low, high))
+        assert_as_accurate((127 * scale.double()).to(dtype), amax_low.to(dtype), amax_high)
+    else:
+        assert torch.equal(scale, static.expand_as(scale))
+        high, low = (y.clamp(-127 * static.double(), 127 * static.double()) for y in (high, low))
+    # half a step, and what assert_as_accurate grants the values before it
+    rounding = max(torch.finfo(t).eps for t in (torch.float32, low.dtype)) * high.abs().max()
+    bound = 0.5 * scale.double() + 2 * ((low - high).abs().max() + rounding)
+    assert ((q * scale.double() - high).abs() <= bound).all()

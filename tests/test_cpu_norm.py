@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import cpu_backend, library
+from lowbit_kernels.matmul.reference import MIN_INPUT_SCALE
 from lowbit_kernels.norm import masked_group_norm, norm_quantize
 from lowbit_kernels.testing import assert_as_accurate
-from tests.norm_cases import EPS, make_group_inputs
+from tests.norm_cases import EPS, assert_quantized, make_group_inputs
 from tests.test_group_norm import group_norm_reference, torch_group_norm
 
 
@@ -87,11 +88,8 @@ def test_norm_quantize_rounds_what_layer_norm_gives(shape: tuple[int, ...], has_
     layer_norm = torch.nn.functional.layer_norm
     low = layer_norm(h, (N,), weight, bias, EPS)
     high = layer_norm(h.double(), (N,), weight.double(), bias.double(), EPS)
-    assert q.dtype == torch.int8
     if x.numel():
-        amax = (t.abs().amax(-1, keepdim=True) for t in (low, high))
-        assert_as_accurate(127 * scale, *amax, "scale")
-        assert torch.equal(q, (high / scale).round().to(torch.int8))
+        assert_quantized(q, scale, low, high)
         assert (q.abs().amax(-1) == 127).all()
     assert torch.equal(y, q * scale)
 
@@ -100,5 +98,5 @@ def test_norm_quantize_of_rows_of_zeros_and_of_nan():
     x = torch.zeros(3, 20)
     x[1, 4], x[2, 5] = torch.nan, torch.inf
     _, scale, _ = norm_quantize(x, torch.ones(20), torch.zeros(20))
-    assert scale[0] == 1
+    assert scale[0] == MIN_INPUT_SCALE
     assert scale[1:].isnan().all()

@@ -22,7 +22,7 @@ from lowbit_kernels.matmul.dispatch import (
     choose_linear,
     weights_per_block,
 )
-from lowbit_kernels.matmul.op import EPILOGUES, _flatten
+from lowbit_kernels.matmul.op import EPILOGUES, flatten
 from lowbit_kernels.matmul.reference import epilogue_backward_reference, preactivation_reference
 from tests.linear_cases import SPECS, check, make_inputs, specs
 
@@ -70,7 +70,7 @@ def test_ops_are_registered_correctly(inputs, epilogue, permuted, device):
         x, residual = (t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (x, residual))
     tensors = [t.requires_grad_() for t in (x, bias, residual)]
     name = "linear" if epilogue is None else "linear_train"
-    packed = _flatten(weight)
+    packed = flatten(weight)
     torch.library.opcheck(getattr(torch.ops.lowbit, name).default, (*tensors, epilogue, *packed))
     grad_y, z = torch.randn_like(residual), torch.randn(2, 3, 16, device=device)
     backward = torch.ops.lowbit.linear_backward.default

@@ -5,28 +5,34 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
+from lowbit_kernels.matmul.reference import MIN_INPUT_SCALE
 from lowbit_kernels.norm import (
     masked_group_norm,
     norm_quantize,
+    norm_quantize_kernel,
     norm_quantize_reference,
 )
-from lowbit_kernels.norm.group_norm_kernel import (
-    masked_group_norm_triton,
-)
+from lowbit_kernels.norm.group_norm_kernel import masked_group_norm_triton
 from lowbit_kernels.norm.norm_quantize_kernel import (
-    MAX_PROGRAMS,
     norm_quantize_backward_triton,
     norm_quantize_triton,
 )
 from lowbit_kernels.testing import assert_as_accurate
-from tests.norm_cases import DTYPES, EPS, group_norm_kernels, make_group_inputs
+from tests.norm_cases import (
+    DTYPES,
+    EPS,
+    assert_quantized,
+    group_norm_kernels,
+    make_group_inputs,
+)
 
 ROW_SHAPES = [
     pytest.param((4, 128), id="whole-tiles"),
     pytest.param((3, 5, 100), id="ragged"),
+    pytest.param((3, 700), id="several-loads-a-row"),
+    pytest.param((2, 1100), id="two-warps-a-row"),
     pytest.param((1, 1), id="one-feature"),
     pytest.param((7,), id="one-row"),
-    pytest.param((MAX_PROGRAMS + 3, 8), id="several-rows-a-program"),
     pytest.param((8, 499, 768), id="wav2vec2-base", marks=pytest.mark.gpu),
 ]
 
@@ -35,21 +41,6 @@ def norm_inputs(shape, has_residual, dtype, device):
     x = torch.randn(shape, dtype=dtype, device=device)
     weight, bias = torch.randn(2, shape[-1], dtype=dtype, device=device)
     return x, weight, bias, torch.randn_like(x) if has_residual else None
-
-
-def assert_quantized(q, scale, low, high):
-    """q * scale is the level nearest to the LayerNorm, ``low`` in fp32 and ``high`` in fp64."""
-    assert q.dtype == torch.int8
-
-    def largest(y):
-        amax = y.abs().amax(-1, keepdim=True)
-        return torch.where(amax == 0, 1.0, amax / 127)
-
-    assert_as_accurate(scale, largest(low), largest(high), "scale")
-    # half a step, and what assert_as_accurate grants the normalization before it
-    rounding = torch.finfo(torch.float32).eps * high.abs().max()
-    bound = 0.5 * scale.double() + 2 * ((low - high).abs().max() + rounding)
-    assert ((q * scale.double() - high).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,6 +71,21 @@ def test_norm_quantize_kernels_are_as_accurate_as_torch(shape, has_residual, dty
         assert_as_accurate(kernel, low_grad.to(dtype), high_grad, name)
 
 
+def test_gradient_where_a_program_has_several_groups_of_rows(device, monkeypatch):
+    monkeypatch.setattr(norm_quantize_kernel, "MAX_PROGRAMS", 2)
+    x, weight, bias, _ = norm_inputs((37, 600), False, torch.float32, device)
+    *_, mean, rstd = norm_quantize_triton(x, weight, bias, None, EPS, False)
+    grad = torch.randn_like(x)
+    actual = norm_quantize_backward_triton(grad, None, x, weight, bias, mean, rstd)
+    wanted = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [leaf.clone().to(dtype).requires_grad_() for leaf in (x, weight, bias)]
+        y = F.layer_norm(leaves[0], (600,), leaves[1], leaves[2], EPS)
+        wanted.append(torch.autograd.grad(y, leaves, grad.to(dtype)))
+    for name, kernel, low, high in zip(("dh", "dw", "db"), actual, *wanted, strict=True):
+        assert_as_accurate(kernel, low, high, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_norm_quantize_op_equals_the_reference(has_residual, dtype):
@@ -91,7 +97,7 @@ def test_norm_quantize_op_equals_the_reference(has_residual, dtype):
         h.double(), weight.double(), bias.double(), None, EPS
     )
     assert_as_accurate(scale, low, high.double(), "scale")
-    assert torch.equal(q, (normalized / scale).round().to(torch.int8))
+    assert torch.equal(q, (normalized * (1 / scale)).round().to(torch.int8))
     assert torch.equal(y, (q * scale).to(dtype))
     plain = norm_quantize(x, weight, bias, residual=residual)
     assert len(plain) == 3
@@ -138,7 +144,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(triton, device):
 
     q, scale = run()
     assert (q[0] == 0).all()
-    assert scale[0] == 1
+    assert scale[0] == MIN_INPUT_SCALE
     assert scale[1:3].isnan().all()
     assert q[3].abs().max() == 127
     weight[2] = torch.nan  # a single feature of each row

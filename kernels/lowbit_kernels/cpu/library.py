@@ -133,6 +133,16 @@ class NormQuantize(ctypes.Structure):
     )  # fmt: skip
 
 
+class ActivationQuantize(ctypes.Structure):
+    """``struct ActivationQuantize`` of csrc/norm.h."""
+
+    _fields_ = (
+        ("rows", c_int64), ("columns", c_int64), ("x", c_void_p),
+        ("activation", c_int32), ("glu", c_int32), ("static_scale", c_void_p),
+        ("y", c_void_p), ("q", c_void_p), ("scale", c_void_p), ("threads", c_int64),
+    )  # fmt: skip
+
+
 SIGNATURES = {
     "has_int8_matmul": (),
     "advise_large_pages": (c_void_p, c_int64),
@@ -150,6 +160,7 @@ SIGNATURES = {
     "attention_backward": (ctypes.POINTER(AttentionGradient),),
     "group_norm": (ctypes.POINTER(GroupNorm),),
     "norm_quantize": (ctypes.POINTER(NormQuantize),),
+    "activation_quantize": (ctypes.POINTER(ActivationQuantize),),
     "first_conv": (ctypes.POINTER(FirstConv), ctypes.POINTER(RowFinish)),
     "finish_rows": (c_void_p, c_int64, ctypes.POINTER(RowFinish)),
     "glu": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),

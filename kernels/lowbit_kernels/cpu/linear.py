@@ -59,6 +59,32 @@ def linear_cpu(
     return y.to(x.dtype).view(*batch, width)
 
 
+def linear_int8_cpu(
+    q: Tensor,
+    q_scale: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+) -> Tensor:
+    """Like ``linear_cpu`` for an input that is int8 already: fp32 [..., N_out].
+
+    Args:
+        q: [..., K] int8.
+        q_scale: [..., 1] fp32.
+        weight, bias, residual, epilogue: as in ``linear_cpu``.
+    """
+    M, K = q.numel() // weight.K, weight.K
+    width = weight.N // 2 if epilogue == "glu" else weight.N
+    if M == 0:
+        return torch.empty(*q.shape[:-1], width)
+    levels = lib.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
+    torch.bitwise_xor(q.reshape(M, K).view(torch.uint8), ZERO_POINT, out=levels[: M * K].view(M, K))
+    scale = q_scale.reshape(M, 1).contiguous()
+    finish = Finish(bias, epilogue, None if residual is None else residual.reshape(M, width))
+    return multiply(Rows(levels, M, K, K), weight, scale, finish).view(*q.shape[:-1], width)
+
+
 def _int8(
     x: Tensor, weight: QuantizedWeight, x_scale_rows: Tensor | None, finish: Finish
 ) -> Tensor:

@@ -46,8 +46,9 @@ def _needs_int8(weight: QuantizedWeight) -> bool:
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """The int8 scale of a largest magnitude, fp32."""
-    return (largest / INT8_MAX).clamp_min(MIN_INPUT_SCALE)
+    """The int8 scale of a largest magnitude, fp32; NaN where that is not finite."""
+    scale = (largest / INT8_MAX).clamp_min(MIN_INPUT_SCALE)
+    return scale.masked_fill(largest.isinf(), torch.nan)
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Linear layers with low-bit weights: one op, its reference, its kernels."""
+"""Linear layers with low-bit weights: their ops, the reference, the kernels."""
 
+from lowbit_kernels.matmul.int8_op import low_bit_linear_int8
 from lowbit_kernels.matmul.op import low_bit_linear
 from lowbit_kernels.matmul.reference import linear_reference
 
-__all__ = ["linear_reference", "low_bit_linear"]
+__all__ = ["linear_reference", "low_bit_linear", "low_bit_linear_int8"]

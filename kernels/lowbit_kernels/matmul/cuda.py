@@ -69,6 +69,32 @@ def linear_cuda(
     return y, None if z is None else torch.ops.aten._unsafe_view(z, (*batch, weight.N))
 
 
+def linear_int8_cuda(
+    q: Tensor,
+    q_scale: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    dtype: torch.dtype,
+    out_scale: Tensor | None,
+) -> Tensor:
+    """Outputs [..., N_out] of int8 inputs. See ``low_bit_linear_int8``."""
+    rows, spec = as_rows(q), weight.spec
+    choice = choose_linear(
+        rows.shape[0] * rows.shape[1], weight.N, weight.K, spec.bits, spec.group, "int8",
+        dtype, epilogue is None and residual is None, spec.deterministic, gpu_of(q.device),
+    )  # fmt: skip
+    assert choice.config is not None, "cuBLAS serves floating-point inputs only"
+    y, _ = linear_triton(
+        rows, _resident(weight) if choice.backend == "resident_int8" else weight,
+        bias, _matrix(residual), epilogue, choice.config,
+        x_scale=q_scale.reshape(-1), dtype=dtype, out_scale=out_scale,
+    )  # fmt: skip
+    out: Tensor = torch.ops.aten._unsafe_view(y, (*q.shape[:-1], y.shape[-1]))
+    return out
+
+
 def _resident(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight expanded to 8 bits, once: the same integers, so the same result."""
     copy = resident_int8(weight, "rows").tensors[0]

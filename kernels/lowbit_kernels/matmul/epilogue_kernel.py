@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit_kernels.matmul.quantize_kernel import round_to_int8
+
 
 @triton.jit
 def _normal_tail(z):
@@ -150,7 +152,7 @@ def _sum_parts(parts_ptr, offs, size, num_parts):
 
 @triton.jit(do_not_specialize=["M"])
 def _finish_kernel(
-    parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
+    parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
     M, N, N_out, num_parts,
     stride_rm,
     EPILOGUE: tl.constexpr, BLOCK: tl.constexpr,
@@ -184,6 +186,8 @@ def _finish_kernel(
         y = activate(z, EPILOGUE, y_ptr.dtype.element_ty.primitive_bitwidth < 32)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + m * stride_rm + cols).to(tl.float32)
+    if out_scale_ptr is not None:
+        y, _ = round_to_int8(y, tl.div_rn(1.0, tl.load(out_scale_ptr)), CLAMP=True)
     tl.store(y_ptr + m * N_out + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -196,6 +200,7 @@ def finish_triton(
     epilogue: str | None,
     dtype: torch.dtype,
     preactivation: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """``epilogue(parts.sum(0) * scale + bias) + residual``, [M, N_out], summed in order.
 
@@ -208,13 +213,14 @@ def finish_triton(
         epilogue: as in ``low_bit_linear``.
         dtype: of the result.
         preactivation: [M, N], to be filled with what the activation sees.
+        out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
     """
     S, M, N = parts.shape
     N_out = N // 2 if epilogue == "glu" else N
     y = torch.empty(M, N_out, dtype=dtype, device=parts.device)
     block = min(1024, triton.next_power_of_2(N_out))
     _finish_kernel[(M, triton.cdiv(N_out, block))](
-        parts, scale, x_scale, bias, residual, y, preactivation,
+        parts, scale, x_scale, bias, residual, y, preactivation, out_scale,
         M, N, N_out, S,
         0 if residual is None else residual.stride(0),
         EPILOGUE=epilogue, BLOCK=block,

@@ -12,7 +12,26 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from lowbit_kernels.matmul import int8_op as _int8_op  # noqa: F401  (defines the op)
 from lowbit_kernels.matmul import op as _op  # noqa: F401  (defines the ops)
+
+
+@register_flop_formula(torch.ops.lowbit.linear_int8)
+def _linear_int8_flops(
+    q_shape: Sequence[int],
+    q_scale_shape: Any,
+    bias_shape: Any,
+    residual_shape: Any,
+    epilogue: str | None,
+    dtype: Any,
+    out_scale_shape: Any,
+    qweight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """2 M N K, of integers."""
+    return 2 * math.prod(q_shape) * qweight_shape[0]
 
 
 @register_flop_formula([torch.ops.lowbit.linear, torch.ops.lowbit.linear_train])

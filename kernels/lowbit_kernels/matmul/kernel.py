@@ -22,6 +22,7 @@ from lowbit_kernels.matmul.dispatch import (
 )
 from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
 from lowbit_kernels.matmul.gpu import pairs_of
+from lowbit_kernels.matmul.quantize_kernel import round_to_int8
 
 MAX_ROWS_WRITTEN = tl.constexpr(32)
 
@@ -61,7 +62,7 @@ def _decode(
 
 @triton.jit
 def _write_tile(
-    acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+    acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
     start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
     EPILOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -72,12 +73,12 @@ def _write_tile(
         HALF: tl.constexpr = BLOCK_M // 2
         first, second = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
         _write_tile(
-            first, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            first, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
             start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
             EPILOGUE,
         )  # fmt: skip
         _write_tile(
-            second, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            second, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
             start_m + HALF, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
             EPILOGUE,
         )  # fmt: skip
@@ -107,6 +108,8 @@ def _write_tile(
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + rows[None, :] * stride_rm + offs_out[:, None]
             y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if out_scale_ptr is not None:
+            y, _ = round_to_int8(y, tl.div_rn(1.0, tl.load(out_scale_ptr)), CLAMP=True)
         y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -115,7 +118,7 @@ def _write_tile(
 @triton.jit(do_not_specialize=["M", "T"])
 def _linear_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
-    bias_ptr, residual_ptr, y_ptr, z_ptr,
+    bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
     M, N, K, T, N_out, num_groups, steps_per_split,
     stride_xb, stride_xt, stride_qn, stride_rm,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EPILOGUE: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -195,7 +198,7 @@ def _linear_kernel(
         scale = tl.load(scale_ptr + offs_n) if zero_point_ptr is None else None
         bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
         _write_tile(
-            acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
             start_m, start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
             EPILOGUE,
         )  # fmt: skip
@@ -212,6 +215,7 @@ def linear_triton(
     x_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     want_preactivation: bool = False,
+    out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel. The caller has checked the inputs.
 
@@ -226,6 +230,7 @@ def linear_triton(
         x_scale: [B * T] fp32, the scale of each row of an int8 input.
         dtype: of the result; that of ``x_btk`` unless it is int8.
         want_preactivation: whether to store what the activation sees.
+        out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
 
     Returns:
         y: [B * T, N_out].
@@ -257,6 +262,7 @@ def linear_triton(
     _linear_kernel[(tiles_n * triton.cdiv(M, config.block_m), config.splits)](
         x_btk, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, x_scale,
         None if is_split else bias, None if is_split else residual, y, None if is_split else z,
+        None if is_split else out_scale,
         M, N, K, T, N if is_split else N_out,
         -(-K // spec.group) if spec.group else 0, triton.cdiv(triton.cdiv(K, step), config.splits),
         x_btk.stride(0), x_btk.stride(1), weight.qweight.stride(0),
@@ -269,4 +275,4 @@ def linear_triton(
     if not is_split:
         return y, z
     scale = weight.scale if spec.symmetric else None
-    return finish_triton(y, scale, x_scale, bias, residual, epilogue, dtype, z), z
+    return finish_triton(y, scale, x_scale, bias, residual, epilogue, dtype, z, out_scale), z

@@ -3,7 +3,7 @@
 Dimension key: M rows of the input, N output features, K input features, N_out N / 2 with ``glu``
 and N without.
 
-Tensors of a quantized weight travel flat through the schemas, as ``_PACKED`` lists them.
+Tensors of a quantized weight travel flat through the schemas, as ``PACKED`` lists them.
 """
 
 import functools
@@ -28,25 +28,25 @@ INPUTS = (None, "int8")
 # int32 sums of products up to 127 * 128 cannot overflow below
 MAX_K_INT8 = (2**31 - 1) // (127 * 128)
 
-_PACKED = (
+PACKED = (
     "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point, Tensor? input_scale, "
     "int K, int bits, int group_size, str? inputs, str input_scale_kind, bool deterministic"
 )
 _INPUTS = "Tensor x, Tensor? bias, Tensor? residual, str? epilogue, "
 
-torch.library.define("lowbit::linear", f"({_INPUTS}{_PACKED}) -> Tensor")
+torch.library.define("lowbit::linear", f"({_INPUTS}{PACKED}) -> Tensor")
 torch.library.define(
-    "lowbit::linear_train", f"({_INPUTS}{_PACKED}) -> (Tensor y, Tensor preactivation)"
+    "lowbit::linear_train", f"({_INPUTS}{PACKED}) -> (Tensor y, Tensor preactivation)"
 )
 torch.library.define(
     "lowbit::linear_backward",
     "(Tensor grad_y, Tensor? preactivation, str? epilogue, bool needs_bias_grad, "
-    f"{_PACKED}) -> (Tensor dx, Tensor dbias)",
+    f"{PACKED}) -> (Tensor dx, Tensor dbias)",
 )
 
 
-def _flatten(weight: QuantizedWeight) -> tuple[Any, ...]:
-    """The arguments that ``_PACKED`` lists."""
+def flatten(weight: QuantizedWeight) -> tuple[Any, ...]:
+    """The arguments that ``PACKED`` lists."""
     spec = weight.spec
     return (
         weight.qweight, weight.scale, weight.group_scale, weight.zero_point, weight.input_scale,
@@ -66,7 +66,7 @@ def _spec(
     return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale_kind, deterministic)
 
 
-def _unflatten(
+def unflatten(
     qweight: Tensor,
     scale: Tensor,
     group_scale: Tensor | None,
@@ -79,11 +79,13 @@ def _unflatten(
     input_scale_kind: str,
     deterministic: bool,
 ) -> QuantizedWeight:
+    """The weight that ``flatten`` took apart."""
     spec = _spec(bits, group_size, zero_point is None, inputs, input_scale_kind, deterministic)
     return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
 
 
-def _output_shape(x: Tensor, N: int, epilogue: str | None) -> tuple[int, ...]:
+def output_shape(x: Tensor, N: int, epilogue: str | None) -> tuple[int, ...]:
+    """[..., N_out] for x [..., K]."""
     return (*x.shape[:-1], N // 2 if epilogue == "glu" else N)
 
 
@@ -91,7 +93,7 @@ def _output_shape(x: Tensor, N: int, epilogue: str | None) -> tuple[int, ...]:
 def _fake(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> Tensor:
-    return x.new_empty(_output_shape(x, packed[0].shape[0], epilogue))
+    return x.new_empty(output_shape(x, packed[0].shape[0], epilogue))
 
 
 @torch.library.register_fake("lowbit::linear_train")
@@ -99,7 +101,7 @@ def _fake_train(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> tuple[Tensor, Tensor]:
     N = packed[0].shape[0]
-    return x.new_empty(_output_shape(x, N, epilogue)), x.new_empty(*x.shape[:-1], N)
+    return x.new_empty(output_shape(x, N, epilogue)), x.new_empty(*x.shape[:-1], N)
 
 
 @torch.library.register_fake("lowbit::linear_backward")
@@ -140,10 +142,10 @@ def _cpu_forward(
 def _cpu(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> Tensor:
-    weight = _unflatten(*packed)
+    weight = unflatten(*packed)
     y = _cpu_forward(x, weight, bias, residual, epilogue)
     # a view would refuse to be written into by whoever gets it
-    out: Tensor = torch.ops.aten._unsafe_view(y, _output_shape(x, weight.N, epilogue))
+    out: Tensor = torch.ops.aten._unsafe_view(y, output_shape(x, weight.N, epilogue))
     return out
 
 
@@ -151,7 +153,7 @@ def _cpu(
 def _cpu_train(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
 ) -> tuple[Tensor, Tensor]:
-    weight = _unflatten(*packed)
+    weight = unflatten(*packed)
     z = _cpu_forward(x, weight, bias, None, None).view(*x.shape[:-1], weight.N)
     if weight.spec.deterministic:  # the bits of inference, whose activation is the kernel's
         y = _cpu_forward(x, weight, bias, residual, epilogue)
@@ -169,7 +171,7 @@ def _cpu_backward(
     needs_bias_grad: bool,
     *packed: Any,
 ) -> tuple[Tensor, Tensor]:
-    weight = _unflatten(*packed)
+    weight = unflatten(*packed)
     dy = grad_y.reshape(-1, grad_y.shape[-1])
     dx, dbias = linear_backward_reference(dy, _rows(preactivation), weight, epilogue)
     dbias = dbias if needs_bias_grad else grad_y.new_empty(0)
@@ -184,7 +186,7 @@ def _cuda(
     from lowbit_kernels.matmul.cuda import linear_cuda
 
     with torch.cuda.device(x.device):  # else Triton launches on device 0
-        y, _ = linear_cuda(x, _unflatten(*packed), bias, residual, epilogue)
+        y, _ = linear_cuda(x, unflatten(*packed), bias, residual, epilogue)
     return y
 
 
@@ -195,9 +197,7 @@ def _cuda_train(
     from lowbit_kernels.matmul.cuda import linear_cuda
 
     with torch.cuda.device(x.device):
-        y, z = linear_cuda(
-            x, _unflatten(*packed), bias, residual, epilogue, want_preactivation=True
-        )
+        y, z = linear_cuda(x, unflatten(*packed), bias, residual, epilogue, want_preactivation=True)
     assert z is not None, "asked for"
     return y, z
 
@@ -214,7 +214,7 @@ def _cuda_backward(
 
     with torch.cuda.device(grad_y.device):
         return linear_backward_cuda(
-            grad_y, preactivation, _unflatten(*packed), epilogue, needs_bias_grad
+            grad_y, preactivation, unflatten(*packed), epilogue, needs_bias_grad
         )
 
 
@@ -255,7 +255,8 @@ for _op in ("lowbit::linear", "lowbit::linear_train"):
     torch.library.register_autograd(_op, _backward, setup_context=_setup_context)
 
 
-def _check_weight(weight: QuantizedWeight, epilogue: str | None) -> None:
+def check_weight(weight: QuantizedWeight, epilogue: str | None) -> None:
+    """Refuse a weight, or an epilogue, that no linear layer computes with."""
     if not isinstance(weight, QuantizedWeight):
         raise ValueError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
     if weight.is_depthwise:
@@ -288,14 +289,17 @@ def _check_input(x: Tensor, weight: QuantizedWeight) -> None:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.qweight.device}")
 
 
-def _check_like(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+def check_like(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor
+) -> None:
+    """Refuse a tensor of another shape or dtype, or on another device than x."""
     if tensor is None:
         return
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != x.dtype or tensor.device != x.device:
+    if tensor.dtype != dtype or tensor.device != x.device:
         raise ValueError(
-            f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
+            f"{name} must be {dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
         )
 
 
@@ -339,7 +343,7 @@ def low_bit_linear(
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
         NotImplementedError: where ``weight.spec.inputs`` is neither None nor ``"int8"``.
     """
-    _check_weight(weight, epilogue)
+    check_weight(weight, epilogue)
     device_type = x.device.type
     # autocast does not know the meta device
     if not x.is_meta and torch.is_autocast_enabled(device_type):
@@ -347,15 +351,15 @@ def low_bit_linear(
         bias = None if bias is None else _autocast(bias, device_type)
         residual = None if residual is None else _autocast(residual, device_type)
     _check_input(x, weight)
-    _check_like("bias", bias, (weight.N,), x)
-    _check_like("residual", residual, _output_shape(x, weight.N, epilogue), x)
+    check_like("bias", bias, (weight.N,), x.dtype, x)
+    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
     y: Tensor
     if (
         epilogue is not None
         and torch.is_grad_enabled()
         and (x.requires_grad or (bias is not None and bias.requires_grad))
     ):
-        y, _ = torch.ops.lowbit.linear_train.default(x, bias, residual, epilogue, *_flatten(weight))
+        y, _ = torch.ops.lowbit.linear_train.default(x, bias, residual, epilogue, *flatten(weight))
     else:
-        y = torch.ops.lowbit.linear.default(x, bias, residual, epilogue, *_flatten(weight))
+        y = torch.ops.lowbit.linear.default(x, bias, residual, epilogue, *flatten(weight))
     return y

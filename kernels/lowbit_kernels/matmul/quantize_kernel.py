@@ -11,13 +11,40 @@ from torch import Tensor
 
 from lowbit_kernels.matmul.reference import INT8_MAX, MIN_INPUT_SCALE
 
+_INT8_MAX = tl.constexpr(float(INT8_MAX))
+_MIN_SCALE = tl.constexpr(MIN_INPUT_SCALE)
+
+
+@triton.jit
+def max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def int8_scale(largest):
+    # bit by bit reference.py::int8_scale; a row that is not finite becomes NaN as a whole
+    scale = tl.maximum(tl.div_rn(largest, _INT8_MAX), _MIN_SCALE)
+    return tl.where(largest < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def round_to_int8(x, inverse, CLAMP: tl.constexpr):
+    # x * inverse, rounded half to even, as int8 and as fp32. A row's own scale needs no CLAMP. The
+    # product is written as a sum with 0, which no compiler fuses with the sum below
+    scaled = tl.fma(x, inverse, 0.0)
+    if CLAMP:
+        scaled = tl.minimum(tl.maximum(scaled, -_INT8_MAX), _INT8_MAX)
+    # 1.5 * 2 ** 23 leaves no bits for a fraction, and the integer in the lowest byte
+    shifted = scaled + 12582912.0
+    return shifted.to(tl.int32, bitcast=True).to(tl.int8), shifted - 12582912.0
+
 
 @triton.jit(do_not_specialize=["T"])
 def _quantize_rows_kernel(
     x_ptr, q_ptr, scale_ptr,
     K, T,
     stride_xb, stride_xt, stride_qm,
-    HAS_SCALE: tl.constexpr, INT8_MAX: tl.constexpr, MIN_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # one program: one row
     m = tl.program_id(0).to(tl.int64)
@@ -29,18 +56,16 @@ def _quantize_rows_kernel(
         for start in range(0, K, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
-            # a maximum passes over a NaN; an infinite scale makes the whole row NaN
+            # the last maximum passes over a NaN, not over infinity
             largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
-        scale = tl.maximum(tl.div_rn(tl.max(largest), INT8_MAX), MIN_SCALE)
+        scale = int8_scale(tl.max(largest))
         tl.store(scale_ptr + m, scale)
     inverse = tl.div_rn(1.0, scale)
     for start in range(0, K, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
-        q = tl.minimum(tl.maximum(x * inverse, -INT8_MAX), INT8_MAX)
-        # 1.5 * 2 ** 23: the sum has no bits left for a fraction, and rounds half to even
-        q = (q + 12582912.0) - 12582912.0
-        tl.store(q_ptr + m * stride_qm + offs, q.to(tl.int8), mask=offs < K)
+        q, _ = round_to_int8(x, inverse, HAS_SCALE)
+        tl.store(q_ptr + m * stride_qm + offs, q, mask=offs < K)
 
 
 def quantize_rows_triton(x_btk: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,7 +77,7 @@ def quantize_rows_triton(x_btk: Tensor, x_scale: Tensor | None) -> tuple[Tensor,
 
     Returns:
         q: [B, T, K] int8 in [-127, 127], rows 32 bytes aligned.
-        x_scale: [B * T] fp32.
+        x_scale: [B * T] fp32; NaN where a row's own would not be finite.
     """
     B, T, K = x_btk.shape
     pitch = triton.cdiv(K, 32) * 32
@@ -64,7 +89,6 @@ def quantize_rows_triton(x_btk: Tensor, x_scale: Tensor | None) -> tuple[Tensor,
             x_btk, q, scale,
             K, T,
             x_btk.stride(0), x_btk.stride(1), pitch,
-            HAS_SCALE=has_scale, INT8_MAX=float(INT8_MAX), MIN_SCALE=MIN_INPUT_SCALE,
-            BLOCK=min(1024, triton.next_power_of_2(K)),
+            HAS_SCALE=has_scale, BLOCK=min(1024, triton.next_power_of_2(K)),
         )  # fmt: skip
     return q[..., :K], scale

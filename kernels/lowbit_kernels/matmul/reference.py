@@ -85,10 +85,14 @@ def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tenso
 
 
 def int8_scale(largest: Tensor) -> Tensor:
-    """The fp32 scale of int8 values up to the magnitude ``largest``: the same on every device."""
+    """The fp32 scale of int8 values up to the magnitude ``largest``: the same on every device.
+
+    NaN where the magnitude is NaN or infinite: what is computed from such a row is NaN.
+    """
     # CUDA divides by a number through its reciprocal, an ulp off, and by a tensor correctly
     divisor = torch.full_like(largest, INT8_MAX, dtype=torch.float32)
-    return (largest.float() / divisor).clamp_min(MIN_INPUT_SCALE)
+    scale = (largest.float() / divisor).clamp_min(MIN_INPUT_SCALE)
+    return scale.masked_fill(largest.isinf(), torch.nan)
 
 
 def quantize_rows(x: Tensor, scale_rows: Tensor) -> Tensor:

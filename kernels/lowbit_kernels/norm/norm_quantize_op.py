@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit_kernels.cpu import norm_quantize_cpu
 from lowbit_kernels.norm.checks import check_float_input, check_parameter
+from lowbit_kernels.norm.levels import aligned_levels, empty_levels
 from lowbit_kernels.norm.reference import quantize_rows_reference
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -40,7 +41,7 @@ def _fake(
     return (
         x.new_empty(0 if residual is None else x.shape),
         x.new_empty(x.shape if return_dequantized else 0),
-        x.new_empty(x.shape, dtype=torch.int8),
+        empty_levels(x.shape, x.device),
         x.new_empty(statistic, dtype=torch.float32),
         x.new_empty(statistic, dtype=wide),
         x.new_empty(statistic, dtype=wide),
@@ -72,7 +73,8 @@ def _cpu(
     if x.dtype == torch.float32:
         native = norm_quantize_cpu(x, weight, bias, residual, eps, return_dequantized)
         if native is not None:
-            return native
+            h, y, q, scale, mean, rstd = native
+            return h, y, aligned_levels(q), scale, mean, rstd
     wide = torch.promote_types(x.dtype, torch.float32)
     h = (x if residual is None else x + residual).contiguous()
     normalized, mean, rstd = torch.native_layer_norm(
@@ -80,7 +82,8 @@ def _cpu(
     )
     q, scale = quantize_rows_reference(normalized)
     y = (q * scale).to(x.dtype) if return_dequantized else x.new_empty(0)
-    return x.new_empty(0) if residual is None else h, y, q, scale, mean, rstd
+    h = x.new_empty(0) if residual is None else h
+    return h, y, aligned_levels(q), scale, mean, rstd
 
 
 @torch.library.impl("lowbit::norm_quantize_backward", "cpu")
@@ -200,8 +203,9 @@ def norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add a residual, apply LayerNorm, and quantize each row to int8, in one pass.
 
-    Equivalent to ``h = x + residual; y = F.layer_norm(h, (N,), weight, bias, eps)`` and then
-    ``scale = y.abs().amax(-1, keepdim=True) / 127; q = (y / scale).round()``.
+    Equivalent to ``h = x + residual; y = F.layer_norm(h, (N,), weight, bias, eps)`` in fp32, and
+    then what a low-bit linear layer with int8 inputs does to its input: ``scale = y.abs().amax(-1,
+    keepdim=True) / 127``, at least 2 ** -126; ``q = (y * (1 / scale)).round()``.
 
     Integers carry no gradient, so q and scale have none. Training uses the fourth result: the
     gradient of y is that of the LayerNorm (straight through the rounding).
@@ -215,13 +219,14 @@ def norm_quantize(
         return_dequantized: also return y = q * scale.
 
     Returns:
-        q: [..., N], int8 in [-127, 127].
-        scale: [..., 1], fp32; 1 for a row of zeros. NaN for a row that is not finite.
+        q: [..., N], int8 in [-127, 127], rows a multiple of 32 bytes apart.
+        scale: [..., 1], fp32. NaN for a row that is not finite; its integers mean nothing.
         h: [..., N], x + residual in the dtype of x, differentiable; x itself without a residual.
         y: [..., N], q * scale in the dtype of x, differentiable. With ``return_dequantized``.
 
     Raises:
         ValueError: on a wrong shape, dtype or device, naming the argument.
+        NotImplementedError: on a GPU, for more than 8192 features.
     """
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., N] with N >= 1, got shape {tuple(x.shape)}")

@@ -6,7 +6,7 @@ Dimension key: B batch, C channels, T frames, G groups; rows M and features N fo
 import torch
 from torch import Tensor
 
-INT8_MAX = 127
+from lowbit_kernels.matmul.reference import apply_epilogue, int8_scale, quantize_rows
 
 
 def masked_group_norm_reference(
@@ -39,20 +39,41 @@ def masked_group_norm_reference(
     return (normalized * weight[:, None] + bias[:, None]).masked_fill(~valid, 0.0)
 
 
-def quantize_rows_reference(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row to int8 by its largest magnitude.
+def quantize_rows_reference(y: Tensor, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize rows to int8, to the integers that ``low_bit_linear`` gives its input.
 
     Args:
         y: [..., N], floating point.
+        static_scale: [] fp32, of all rows. None: each row's own, by its largest magnitude.
 
     Returns:
         q: [..., N], int8 in [-127, 127].
-        scale: [..., 1], fp32, y is nearly q * scale; 1 for a row of zeros.
+        scale: [..., 1], fp32, y is nearly q * scale.
     """
-    scale = y.abs().amax(-1, keepdim=True).float() / INT8_MAX
-    scale = torch.where(scale == 0, 1.0, scale)
-    q = (y / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return q, scale
+    if static_scale is None:
+        scale = int8_scale(y.abs().amax(-1, keepdim=True))
+    else:
+        scale = static_scale.expand(*y.shape[:-1], 1).contiguous()
+    return quantize_rows(y.reshape(-1, y.shape[-1]), scale.flatten()).view(y.shape), scale
+
+
+def activation_quantize_reference(
+    x: Tensor, activation: str, static_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply an activation in fp32 and quantize the rows.
+
+    Args:
+        x: [..., N], any floating dtype; [..., 2 N] with ``"glu"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"relu"`` or ``"glu"``.
+        static_scale: as in ``quantize_rows_reference``.
+
+    Returns:
+        q: [..., N], int8.
+        scale: [..., 1], fp32.
+        activated: [..., N], what q stands for, before its rounding; fp32 at least.
+    """
+    activated = apply_epilogue(x.to(torch.promote_types(x.dtype, torch.float32)), activation)
+    return *quantize_rows_reference(activated, static_scale), activated
 
 
 def norm_quantize_reference(

@@ -4,10 +4,11 @@
 #include "vector.h"
 
 static inline float scale_of(int32_t largest) {
+  if (largest >= 0x7f800000) return __builtin_nanf("");  // infinity or NaN: so is what follows
   float amax;
   memcpy(&amax, &largest, 4);
   float scale = amax / 127.0f;
-  return scale < 0x1p-126f ? 0x1p-126f : scale;  // a silent row's reciprocal stays finite; keeps NaN
+  return scale < 0x1p-126f ? 0x1p-126f : scale;  // a silent row's reciprocal stays finite
 }
 
 static inline int32_t largest_of(const float* x, int64_t count) {
