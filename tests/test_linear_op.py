@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lowbit_kernels.formats import QuantSpec, empty_depthwise_weight, quantize_weight
 from lowbit_kernels.matmul import low_bit_linear, tuned
+from lowbit_kernels.matmul.csrc import CsrcConfig
 from lowbit_kernels.matmul.dispatch import (
     Choice,
     Gpu,
@@ -252,6 +253,17 @@ def test_measured_choices_come_before_defaults(table):
     assert choose(20, fixed=True).backend == "fused"
     # fp32 is torch's own product
     assert choose(20, dtype=torch.float32) == Choice("dequant_cublas")
+
+
+def test_the_cuda_kernel_serves_only_what_it_can(table):
+    tiles = {"block_m": 16, "warps_n": 4, "splits": 2}
+    layer = {"N": 4096, "K": 1024, "bits": 4, "group_size": 64, "inputs": None, "is_plain": False}
+    rows = [{"up_to": 64, "backend": "csrc", "config": tiles}]
+    table(json.dumps({"linear": [layer | {"rows": rows}]}))
+    arguments = (4096, 1024, 4, 64, None, torch.bfloat16, False, False, HOPPER)
+    assert choose_linear(16, *arguments, True) == Choice("csrc", CsrcConfig(**tiles))
+    default = Choice("fused", choose_config(16, 4096, 1024, 4, 2, HOPPER))
+    assert choose_linear(16, *arguments, False) == default
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"linear": [{"N": 1}]}', '{"linear": [1]}'])

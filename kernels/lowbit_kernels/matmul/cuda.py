@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowbit_kernels.cpu.resident import resident_int8
 from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul import csrc
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import choose_dx_backend, choose_linear
+from lowbit_kernels.matmul.dispatch import LinearConfig, choose_dx_backend, choose_linear
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
 from lowbit_kernels.matmul.gpu import gpu_of
 from lowbit_kernels.matmul.kernel import linear_triton
@@ -42,16 +43,21 @@ def linear_cuda(
     want_preactivation: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs [..., N_out] and, if wanted, pre-activations [..., N]. See ``low_bit_linear``."""
-    rows, batch, spec = as_rows(x), x.shape[:-1], weight.spec
+    rows, spec, dtype = as_rows(x), weight.spec, x.dtype
+    M = rows.shape[0] * rows.shape[1]
+    can_csrc = M <= csrc.MAX_ROWS and not want_preactivation and csrc.is_available()
     choice = choose_linear(
-        rows.shape[0] * rows.shape[1], weight.N, weight.K, spec.bits, spec.group, spec.inputs,
-        x.dtype, epilogue is None and residual is None, spec.deterministic, gpu_of(x.device),
+        M, weight.qweight.shape[0], weight.K, spec.bits, spec.group, spec.inputs, dtype,
+        epilogue is None and residual is None, spec.deterministic, gpu_of(x.device),
+        can_csrc and csrc.serves_csrc(M, spec, dtype, epilogue),
     )  # fmt: skip
     residual = _matrix(residual)
     if choice.config is None:
         y, z = linear_dequant_cublas(
             rows, weight, bias, residual, epilogue, want_preactivation=want_preactivation
         )
+    elif isinstance(choice.config, csrc.CsrcConfig):
+        y, z = csrc.linear_csrc(rows, weight, bias, residual, epilogue, choice.config)
     else:
         x_scale = None
         if spec.inputs is not None:
@@ -62,11 +68,17 @@ def linear_cuda(
             weight = _resident(weight)
         y, z = linear_triton(
             rows, weight, bias, residual, epilogue, choice.config,
-            x_scale=x_scale, dtype=x.dtype, want_preactivation=want_preactivation,
+            x_scale=x_scale, dtype=dtype, want_preactivation=want_preactivation,
         )  # fmt: skip
-    # views would refuse to be written into by whoever gets them
-    y = torch.ops.aten._unsafe_view(y, (*batch, y.shape[-1]))
-    return y, None if z is None else torch.ops.aten._unsafe_view(z, (*batch, weight.N))
+    return _of_shape(y, x), None if z is None else _of_shape(z, x)
+
+
+def _of_shape(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] as [..., N], for x [..., K]; no view, as those refuse to be written into."""
+    if x.dim() == 2:
+        return y
+    out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return out
 
 
 def linear_int8_cuda(
@@ -85,14 +97,13 @@ def linear_int8_cuda(
         rows.shape[0] * rows.shape[1], weight.N, weight.K, spec.bits, spec.group, "int8",
         dtype, epilogue is None and residual is None, spec.deterministic, gpu_of(q.device),
     )  # fmt: skip
-    assert choice.config is not None, "cuBLAS serves floating-point inputs only"
+    assert isinstance(choice.config, LinearConfig), "the others serve floating-point inputs only"
     y, _ = linear_triton(
         rows, _resident(weight) if choice.backend == "resident_int8" else weight,
         bias, _matrix(residual), epilogue, choice.config,
         x_scale=q_scale.reshape(-1), dtype=dtype, out_scale=out_scale,
     )  # fmt: skip
-    out: Tensor = torch.ops.aten._unsafe_view(y, (*q.shape[:-1], y.shape[-1]))
-    return out
+    return _of_shape(y, q)
 
 
 def _resident(weight: QuantizedWeight) -> QuantizedWeight:
@@ -116,7 +127,8 @@ def linear_dequant_cublas(
     The dequantized weight lives until the product is done; the allocator gives the same memory to
     the next layer, and a captured graph keeps one piece for all of them.
     """
-    z = F.linear(x_btk, dequantize_triton(weight, x_btk.dtype), bias).view(-1, weight.N)
+    z = F.linear(x_btk, dequantize_triton(weight, x_btk.dtype), bias)
+    z = torch.ops.aten._unsafe_view(z, (-1, z.shape[-1]))
     saved = z if want_preactivation else None
     if epilogue is None and residual is None and saved is None:
         return z, None

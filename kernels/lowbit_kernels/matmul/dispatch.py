@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lowbit_kernels.matmul.csrc import CsrcConfig
 from lowbit_kernels.matmul.tuned import tuned_choice
 
 BACKENDS = ("fused", "dequant_cublas", "resident_int8", "csrc")
@@ -302,10 +303,10 @@ def choose_dx_config(M: int, bits: int, deterministic: bool) -> DxConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and, where it is ``"fused"`` or ``"resident_int8"``, the tiles of its kernel."""
+    """A backend and the tiles of its kernel; None for ``"dequant_cublas"``, which has none."""
 
     backend: str
-    config: LinearConfig | None = None
+    config: LinearConfig | CsrcConfig | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -320,6 +321,7 @@ def choose_linear(
     is_plain: bool,
     deterministic: bool,
     gpu: Gpu,
+    can_csrc: bool = False,
 ) -> Choice:
     """Backend and tiles of a linear layer: measured ones if the device has a table, else defaults.
 
@@ -329,6 +331,7 @@ def choose_linear(
         dtype: of the input.
         is_plain: whether neither an activation nor a residual follows.
         gpu: the device.
+        can_csrc: whether the CUDA C++ kernel is there and serves the call.
 
     Raises:
         NotImplementedError: as ``choose_backend``.
@@ -338,9 +341,11 @@ def choose_linear(
     itemsize = 2 if inputs is None else 1
     if dtype != torch.float32 or inputs is not None:
         measured = tuned_choice(gpu.name, rows, N, K, bits, group_size, inputs, is_plain)
-        if measured is not None and not (deterministic and measured[0] == "dequant_cublas"):
-            backend, config = measured
-            return Choice(backend, None if config is None else LinearConfig(**config))
+        barred = ("dequant_cublas",) * deterministic + ("csrc",) * (not can_csrc)
+        if measured is not None and measured[0] not in barred:
+            name, tiles = measured
+            kind = CsrcConfig if name == "csrc" else LinearConfig
+            return Choice(name, None if tiles is None else kind(**tiles))
     if backend == "dequant_cublas":
         return Choice(backend)
     return Choice(backend, choose_config(rows, N, K, bits, itemsize, gpu))

@@ -5,11 +5,14 @@ S parts of a sum over K.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit_kernels.matmul.launch import Constants, Launcher
 from lowbit_kernels.matmul.quantize_kernel import round_to_int8
 
 
@@ -218,14 +221,25 @@ def finish_triton(
     S, M, N = parts.shape
     N_out = N // 2 if epilogue == "glu" else N
     y = torch.empty(M, N_out, dtype=dtype, device=parts.device)
-    block = min(1024, triton.next_power_of_2(N_out))
-    _finish_kernel[(M, triton.cdiv(N_out, block))](
-        parts, scale, x_scale, bias, residual, y, preactivation, out_scale,
-        M, N, N_out, S,
-        0 if residual is None else residual.stride(0),
-        EPILOGUE=epilogue, BLOCK=block,
+    block, constants = _finish_constants(N_out, epilogue)
+    _launch_finish(
+        (M, -(-N_out // block)),
+        (
+            parts, scale, x_scale, bias, residual, y, preactivation, out_scale,
+            M, N, N_out, S, 0 if residual is None else residual.stride(0),
+        ),
+        constants,
     )  # fmt: skip
     return y
+
+
+_launch_finish = Launcher(_finish_kernel)
+
+
+@functools.cache
+def _finish_constants(N_out: int, epilogue: str | None) -> tuple[int, Constants]:
+    block = min(1024, triton.next_power_of_2(N_out))
+    return block, Constants({"EPILOGUE": epilogue, "BLOCK": block})
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -16,6 +16,7 @@ from lowbit_kernels.matmul.op import (
     check_like,
     check_weight,
     flatten,
+    on_device,
     output_shape,
     unflatten,
 )
@@ -75,7 +76,7 @@ def _cuda(
     from lowbit_kernels.matmul.cuda import linear_int8_cuda
 
     dtype = dtype if out_scale is None else torch.int8
-    with torch.cuda.device(q.device):
+    with on_device(q):
         return linear_int8_cuda(
             q, q_scale, unflatten(*packed), bias, residual, epilogue, dtype, out_scale
         )

@@ -8,6 +8,9 @@ step of the loop over K is ``UNROLL`` blocks of packed bytes (``formats/packing.
 is one slice of a block, or two for ``wgmma``.
 """
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +25,7 @@ from lowbit_kernels.matmul.dispatch import (
 )
 from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
 from lowbit_kernels.matmul.gpu import pairs_of
+from lowbit_kernels.matmul.launch import Constants, Launcher
 from lowbit_kernels.matmul.quantize_kernel import round_to_int8
 
 MAX_ROWS_WRITTEN = tl.constexpr(32)
@@ -204,6 +208,66 @@ def _linear_kernel(
         )  # fmt: skip
 
 
+_launch = Launcher(_linear_kernel)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What does not change from call to call of a layer: on the host every line counts.
+
+    Args:
+        width: features of the output.
+        tile_width: features that the kernel writes: those of the output, or of a part of a sum.
+        tiles_n: tiles along the features.
+        num_groups: group scales a row.
+        steps_per_split: of the loop over K, a program.
+        constants: of the kernel.
+    """
+
+    width: int
+    tile_width: int
+    tiles_n: int
+    num_groups: int
+    steps_per_split: int
+    constants: Constants
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    itemsize: int,
+    epilogue: str | None,
+    config: LinearConfig,
+    device: torch.device,
+) -> _Plan:
+    is_split = config.splits > 1
+    pairs = pairs_of(device, _linear_kernel)
+    step = weights_per_block(bits, itemsize, pairs) * config.unroll
+    width = N // 2 if epilogue == "glu" else N
+    # a part of a sum holds values and gates side by side, so its tiles are those of a plain layer
+    interleaved = epilogue == "glu" and not is_split
+    tile_width = N if is_split else width
+    return _Plan(
+        width,
+        tile_width,
+        tiles_n=-(-tile_width // (config.block_n // 2 if interleaved else config.block_n)),
+        num_groups=-(-K // group_size) if group_size else 0,
+        steps_per_split=-(-K // (step * config.splits)),
+        constants=Constants(
+            {
+                "BITS": bits, "GROUP_SIZE": group_size, "EPILOGUE": None if is_split else epilogue,
+                "IS_SPLIT": is_split, "EVEN_K": K % step == 0, "PAIRS": pairs,
+                "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
+                "BLOCK_BYTES": bytes_per_part(bits, itemsize), "UNROLL": config.unroll,
+                **config.options,
+            }
+        ),
+    )  # fmt: skip
+
+
 def linear_triton(
     x_btk: Tensor,
     weight: QuantizedWeight,
@@ -238,41 +302,26 @@ def linear_triton(
     """
     B, T, K = x_btk.shape
     M, N, spec, device = B * T, weight.N, weight.spec, x_btk.device
-    N_out = N // 2 if epilogue == "glu" else N
+    plan = _plan(N, K, spec.bits, spec.group, x_btk.itemsize, epilogue, config, device)
     dtype = dtype or x_btk.dtype
     z = torch.empty(M, N, dtype=dtype, device=device) if want_preactivation else None
     if M == 0:
-        return torch.empty(0, N_out, dtype=dtype, device=device), z
-    is_split = config.splits > 1
-    sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
-    y = (
-        torch.empty(config.splits, M, N, dtype=sums, device=device)
-        if is_split
-        else torch.empty(M, N_out, dtype=dtype, device=device)
-    )
-    pairs = pairs_of(device, _linear_kernel)
-    block_bytes = bytes_per_part(spec.bits, x_btk.itemsize)
-    step = weights_per_block(spec.bits, x_btk.itemsize, pairs) * config.unroll
-    # a part of the sum holds values and gates side by side, so its tiles are those of a plain layer
-    tiles_n = (
-        triton.cdiv(N, config.block_n)
-        if is_split or epilogue != "glu"
-        else (triton.cdiv(N_out, config.block_n // 2))
-    )
-    _linear_kernel[(tiles_n * triton.cdiv(M, config.block_m), config.splits)](
-        x_btk, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, x_scale,
-        None if is_split else bias, None if is_split else residual, y, None if is_split else z,
-        None if is_split else out_scale,
-        M, N, K, T, N if is_split else N_out,
-        -(-K // spec.group) if spec.group else 0, triton.cdiv(triton.cdiv(K, step), config.splits),
-        x_btk.stride(0), x_btk.stride(1), weight.qweight.stride(0),
+        return torch.empty(0, plan.width, dtype=dtype, device=device), z
+    grid = (plan.tiles_n * -(-M // config.block_m), config.splits)
+    sizes = (
+        M, N, K, T, plan.tile_width, plan.num_groups, plan.steps_per_split,
+        x_btk.stride(0) if B > 1 else 0, x_btk.stride(1), weight.qweight.stride(0),
         0 if residual is None else residual.stride(0),
-        BITS=spec.bits, GROUP_SIZE=spec.group, EPILOGUE=None if is_split else epilogue,
-        IS_SPLIT=is_split, EVEN_K=K % step == 0, PAIRS=pairs,
-        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_BYTES=block_bytes,
-        UNROLL=config.unroll, **config.options,
     )  # fmt: skip
-    if not is_split:
+    packed = (weight.qweight, weight.scale, weight.group_scale, weight.zero_point)
+    if config.splits == 1:
+        y = torch.empty(M, plan.width, dtype=dtype, device=device)
+        outputs = (bias, residual, y, z, out_scale)
+        _launch(grid, (x_btk, *packed, x_scale, *outputs, *sizes), plan.constants)
         return y, z
+    sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
+    parts = torch.empty(config.splits, M, N, dtype=sums, device=device)
+    outputs = (None, None, parts, None, None)
+    _launch(grid, (x_btk, *packed, x_scale, *outputs, *sizes), plan.constants)
     scale = weight.scale if spec.symmetric else None
-    return finish_triton(y, scale, x_scale, bias, residual, epilogue, dtype, z, out_scale), z
+    return finish_triton(parts, scale, x_scale, bias, residual, epilogue, dtype, z, out_scale), z

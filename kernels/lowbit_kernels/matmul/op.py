@@ -7,6 +7,7 @@ Tensors of a quantized weight travel flat through the schemas, as ``PACKED`` lis
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ PACKED = (
     "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point, Tensor? input_scale, "
     "int K, int bits, int group_size, str? inputs, str input_scale_kind, bool deterministic"
 )
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _INPUTS = "Tensor x, Tensor? bias, Tensor? residual, str? epilogue, "
 
 torch.library.define("lowbit::linear", f"({_INPUTS}{PACKED}) -> Tensor")
@@ -116,6 +118,13 @@ def _fake_backward(
     return grad_y.new_empty(*grad_y.shape[:-1], K), grad_y.new_empty(N if needs_bias_grad else 0)
 
 
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of x the current one, on which Triton launches; mostly it is already."""
+    if torch.cuda.current_device() == x.device.index:
+        return _NOTHING
+    return torch.cuda.device(x.device)
+
+
 def _rows(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1, x.shape[-1])
 
@@ -185,7 +194,7 @@ def _cuda(
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.matmul.cuda import linear_cuda
 
-    with torch.cuda.device(x.device):  # else Triton launches on device 0
+    with on_device(x):
         y, _ = linear_cuda(x, unflatten(*packed), bias, residual, epilogue)
     return y
 
@@ -196,7 +205,7 @@ def _cuda_train(
 ) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.matmul.cuda import linear_cuda
 
-    with torch.cuda.device(x.device):
+    with on_device(x):
         y, z = linear_cuda(x, unflatten(*packed), bias, residual, epilogue, want_preactivation=True)
     assert z is not None, "asked for"
     return y, z
@@ -212,7 +221,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.matmul.cuda import linear_backward_cuda
 
-    with torch.cuda.device(grad_y.device):
+    with on_device(grad_y):
         return linear_backward_cuda(
             grad_y, preactivation, unflatten(*packed), epilogue, needs_bias_grad
         )
@@ -351,8 +360,10 @@ def low_bit_linear(
         bias = None if bias is None else _autocast(bias, device_type)
         residual = None if residual is None else _autocast(residual, device_type)
     _check_input(x, weight)
-    check_like("bias", bias, (weight.N,), x.dtype, x)
-    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
+    N = weight.qweight.shape[0]
+    check_like("bias", bias, (N,), x.dtype, x)
+    if residual is not None:
+        check_like("residual", residual, output_shape(x, N, epilogue), x.dtype, x)
     y: Tensor
     if (
         epilogue is not None

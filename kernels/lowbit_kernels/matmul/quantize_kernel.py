@@ -4,11 +4,14 @@ Dimension key: M rows, seen as [B, T]; K input features.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit_kernels.matmul.launch import Constants, Launcher
 from lowbit_kernels.matmul.reference import INT8_MAX, MIN_INPUT_SCALE
 
 _INT8_MAX = tl.constexpr(float(INT8_MAX))
@@ -80,15 +83,22 @@ def quantize_rows_triton(x_btk: Tensor, x_scale: Tensor | None) -> tuple[Tensor,
         x_scale: [B * T] fp32; NaN where a row's own would not be finite.
     """
     B, T, K = x_btk.shape
-    pitch = triton.cdiv(K, 32) * 32
+    pitch = -(-K // 32) * 32
     q = torch.empty(B, T, pitch, dtype=torch.int8, device=x_btk.device)
-    has_scale = x_scale is not None
     scale = torch.empty(B * T, device=x_btk.device) if x_scale is None else x_scale
     if B * T:
-        _quantize_rows_kernel[(B * T,)](
-            x_btk, q, scale,
-            K, T,
-            x_btk.stride(0), x_btk.stride(1), pitch,
-            HAS_SCALE=has_scale, BLOCK=min(1024, triton.next_power_of_2(K)),
-        )  # fmt: skip
+        stride_b = x_btk.stride(0) if B > 1 else 0
+        _launch(
+            (B * T, 1),
+            (x_btk, q, scale, K, T, stride_b, x_btk.stride(1), pitch),
+            _constants(K, x_scale is not None),
+        )
     return q[..., :K], scale
+
+
+_launch = Launcher(_quantize_rows_kernel)
+
+
+@functools.cache
+def _constants(K: int, has_scale: bool) -> Constants:
+    return Constants({"HAS_SCALE": has_scale, "BLOCK": min(1024, triton.next_power_of_2(K))})

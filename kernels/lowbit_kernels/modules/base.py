@@ -129,14 +129,16 @@ class QuantizedModule(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The stored tensors, as the functional ops take them."""
+        # five times through Module.__getattr__ would take four times as long
+        stored: dict[str, Any] = self._buffers
         return QuantizedWeight(
-            self.qweight,
-            self.scale,
-            self.group_scale,
-            self.zero_point,
+            stored["qweight"],
+            stored["scale"],
+            stored["group_scale"],
+            stored["zero_point"],
             self.K,
             self.spec,
-            self.input_scale,
+            stored["input_scale"],
         )
 
     @property

@@ -1,0 +1,105 @@
+"""Launches of Triton kernels: code is reused only for arguments that it was compiled for."""
+
+import pytest
+import torch
+
+from lowbit_kernels.matmul.launch import Constants, Launcher
+
+
+class Compiled:
+    """Stands for compiled code; records what it is launched with."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __getitem__(self, grid):
+        return lambda *args: self.log.append((self, grid, args))
+
+
+class Kernel:
+    """Stands for a ``triton.jit`` function."""
+
+    arg_names = ("x_ptr", "n", "BLOCK", "IS_LAST")
+
+    def __init__(self):
+        self.compiled, self.log = [], []
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            assert constants == {"BLOCK": 32, "IS_LAST": True, "num_warps": 4}
+            self.compiled.append(Compiled(self.log))
+            return self.compiled[-1]
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Kernel()
+
+
+CONSTANTS = Constants({"num_warps": 4, "IS_LAST": True, "BLOCK": 32})
+
+
+def test_the_second_launch_takes_the_first_ones_code(kernel):
+    launch = Launcher(kernel)
+    memory = torch.zeros(65)
+    launch((7, 2), (memory, 64), CONSTANTS)
+    assert len(kernel.compiled) == 1
+    assert kernel.log == []  # Triton itself launched it
+    other = torch.ones(3)
+    launch((9, 1), (other, 160), CONSTANTS)
+    ((compiled, grid, args),) = kernel.log
+    assert compiled is kernel.compiled[0]
+    assert grid == (9, 1, 1)
+    assert args[0] is other
+    assert args[1:] == (160, 32, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, n: (x.half(), n),
+        lambda x, n: (x[1:], n),  # 4 bytes past a multiple of 16
+        lambda x, n: (None, n),
+        lambda x, n: (x, 65),
+        lambda x, n: (x, 1),
+        lambda x, n: (x, 2**31),
+    ],
+    ids=["dtype", "alignment", "none", "divisibility", "one", "64 bits"],
+)
+def test_other_kinds_of_arguments_are_compiled_for(change, kernel):
+    launch = Launcher(kernel)
+    x = torch.zeros(65)
+    launch((1, 1), (x, 64), CONSTANTS)
+    launch((1, 1), change(x, 64), CONSTANTS)
+    assert len(kernel.compiled) == 2
+    launch((1, 1), (x, 64), CONSTANTS)
+    assert [compiled for compiled, *_ in kernel.log] == [kernel.compiled[0]]
+
+
+def test_other_constants_and_devices_are_compiled_for(kernel, monkeypatch):
+    launch = Launcher(kernel)
+    x = torch.zeros(65)
+    launch((1, 1), (x, 64), CONSTANTS)
+    launch((1, 1), (x, 64), Constants(CONSTANTS.values))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    launch((1, 1), (x, 64), CONSTANTS)
+    assert len(kernel.compiled) == 3
+    for device in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        launch((1, 1), (x, 64), CONSTANTS)
+    assert [compiled for compiled, *_ in kernel.log] == [kernel.compiled[0], kernel.compiled[2]]
+
+
+def test_an_interpreted_kernel_is_called_every_time(monkeypatch):
+    class Interpreted(Kernel):
+        def __getitem__(self, grid):
+            return lambda *args, **constants: self.log.append((grid, args, constants))
+
+    kernel = Interpreted()
+    launch = Launcher(kernel)
+    for _ in range(2):
+        launch((1, 1), (torch.zeros(1), 64), CONSTANTS)
+    assert len(kernel.log) == 2
