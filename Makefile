@@ -3,11 +3,12 @@
 PYTHON       ?= python3
 TORCH        ?= torch==2.13.0
 TRANSFORMERS ?= transformers
+TRITON       ?= triton; sys_platform == 'linux'
 VENV         ?= .venv
 BIN          := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-hf test-hf-oldest test-aot lint
+.PHONY: help demo test test-gpu test-hf test-hf-oldest test-aot test-aot-oldest lint
 
 help:
 	@echo "make demo            set up $(VENV) and run 'lowbit demo'"
@@ -16,6 +17,7 @@ help:
 	@echo "make test-hf         the tests of the transformers models alone"
 	@echo "make test-hf-oldest  the same with the oldest supported transformers, in .venv-hf-oldest"
 	@echo "make test-aot        compile every kernel for every supported GPU (none needs to be present)"
+	@echo "make test-aot-oldest the same with the oldest supported Triton, in .venv-triton-oldest"
 	@echo "make lint            ruff and mypy"
 
 # torch comes first and alone, so that no other requirement can choose its build
@@ -23,7 +25,7 @@ $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" -e ".[$*]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRANSFORMERS)" "$(TRITON)" -e ".[$*]"
 	touch $@
 
 demo: $(VENV)/installed-hf,audio
@@ -43,6 +45,9 @@ test-hf-oldest:
 
 test-aot: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/aot --aot-all
+
+test-aot-oldest:
+	$(MAKE) test-aot TRITON="triton==3.6.*" VENV=.venv-triton-oldest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -8,10 +8,10 @@ import torch
 
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import cuda as cuda_linear
-from lowbit_kernels.matmul import linear_reference, low_bit_linear
+from lowbit_kernels.matmul import dispatch, gpu, kernel, linear_reference, low_bit_linear
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig, candidates
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.op import EPILOGUES
@@ -34,6 +34,9 @@ GPU_SHAPES = [
     pytest.param(499, 4096, 1024, id="wav2vec2-large"),
     pytest.param(1499, 768, 3072, id="wav2vec2-base"),
     pytest.param(33, 196, 324, id="squeezeformer"),
+    pytest.param(1, 4096, 1024, id="one-frame"),
+    pytest.param(64, 1024, 4096, id="short-chunk"),
+    pytest.param(8000, 1024, 1024, id="a-batch"),
 ]
 SMALL = LinearConfig(block_n=32, block_m=16)  # several tiles of small shapes
 
@@ -46,6 +49,46 @@ def test_kernel_is_as_accurate_as_torch(M, N, K, spec, device):
     x, weight, bias, residual = make_inputs(M, N, K, spec, torch.float16, device)
     y, _ = linear_triton(x[None], weight, bias, residual, None, SMALL)
     check(y, x, weight, bias, residual, None)
+
+
+@pytest.fixture(params=[1, 2], ids=["wgmma", "mma"])
+def matrix_unit(request, monkeypatch):
+    """The structure of the kernel for either kind of matrix unit, where it is interpreted."""
+    monkeypatch.setattr(gpu, "INTERPRETED_PAIRS", request.param)
+    kernel._plan.cache_clear()
+    yield
+    kernel._plan.cache_clear()
+
+
+@specs
+@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("K", [512, 1101], ids=["whole", "ragged"])
+@pytest.mark.usefixtures("matrix_unit")
+def test_steps_of_any_length(K, unroll, spec, device):
+    x, weight, bias, residual = make_inputs(3, 40, K, spec, torch.float16, device)
+    config = LinearConfig(block_n=32, block_m=16, unroll=unroll)
+    y, _ = linear_triton(x[None], weight, bias, residual, None, config)
+    check(y, x, weight, bias, residual, None)
+
+
+@pytest.mark.parametrize(
+    "tile", [*dispatch._HOPPER, *dispatch._OTHERS], ids=lambda t: str(t.config)
+)
+@pytest.mark.parametrize("epilogue", ["gelu", "glu"])
+def test_every_tile_is_written_whole(epilogue, tile, device):
+    """A tile that is larger than the output, and another that is cut."""
+    if device == "cuda":
+        pytest.skip("on a GPU with the tiles for it, below")
+    M = min(tile.config.block_m + 3, tile.max_rows or 400)
+    args = make_inputs(M, 130, 64, SPECS["w4g64"], torch.float16, device, epilogue)
+    x, weight, bias, residual = args
+    y, z = linear_triton(
+        x[None], weight, bias, residual, epilogue, tile.config, want_preactivation=True
+    )
+    check(y, *args, epilogue)
+    low = preactivation_reference(x, weight, bias)
+    high = preactivation_reference(x.double(), weight, bias.double())
+    assert_as_accurate(z, low, high, "preactivation")
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -241,6 +284,21 @@ def test_real_shapes_on_a_gpu(M, N, K, dtype, spec):
         dz @ weight.dequantize(dtype),
         dz.double() @ weight.dequantize(torch.float64),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("inputs", [None, "int8"])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1024, 1024), (16, 4096, 1024), (700, 196, 324)])
+def test_every_tile_on_a_gpu(M, N, K, inputs, bits):
+    args = make_inputs(M, N, K, QuantSpec(bits, inputs=inputs), torch.bfloat16, "cuda", "gelu")
+    x, weight, bias, residual = args
+    rows, scale = (x[None], None) if inputs is None else quantize_rows_triton(x[None], None)
+    for config in candidates(M, N, K, bits, rows.itemsize, gpu.gpu_of(x.device)):
+        y, _ = linear_triton(
+            rows, weight, bias, residual, "gelu", config, x_scale=scale, dtype=x.dtype
+        )
+        check(y, *args, "gelu")
 
 
 @pytest.mark.gpu

@@ -36,7 +36,7 @@ _LARGE = {
 _SMALL = {
     "forward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
     "backward_dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
-    "backward_dkdv": {64: (32, 64, 8, 1), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+    "backward_dkdv": {64: (16, 64, 8, 1), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
 }
 # fp32 multiplies on the vector units: operands come through registers, not matrix fragments
 _FP32 = {

@@ -117,7 +117,7 @@ def linear_dx_triton(dz: Tensor, weight: QuantizedWeight) -> Tensor:
     dx = torch.empty(M, K, dtype=dz.dtype, device=dz.device)
     if M == 0:
         return dx
-    config = choose_dx_config(M, spec.bits, spec.deterministic)
+    config = choose_dx_config(M, spec.bits, spec.symmetric, spec.deterministic)
     row_bytes = weight.qweight.shape[1]
     tiles_k = triton.cdiv(row_bytes, config.block_bytes)
     _linear_dx_kernel[(tiles_k * triton.cdiv(M, config.block_m),)](
@@ -126,7 +126,7 @@ def linear_dx_triton(dz: Tensor, weight: QuantizedWeight) -> Tensor:
         dz.stride(0), weight.qweight.stride(0),
         BITS=spec.bits, GROUP_SIZE=spec.group,
         # the weight goes through shared memory, in words for any matrix unit
-        PAIRS=2 if pairs_of(dz.device, _linear_dx_kernel) else 0,
+        PAIRS=2 if pairs_of(dz.device, _linear_dx_kernel)[1] else 0,
         BLOCK_M=config.block_m, BLOCK_N=64, BLOCK_BYTES=config.block_bytes,
         num_warps=config.num_warps, num_stages=3,
     )  # fmt: skip

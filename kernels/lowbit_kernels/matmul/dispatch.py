@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowbit_kernels.matmul.csrc import CsrcConfig
+from lowbit_kernels.matmul.reference import num_stats_tiles
 from lowbit_kernels.matmul.tuned import tuned_choice
 
 BACKENDS = ("fused", "dequant_cublas", "resident_int8", "csrc")
@@ -94,11 +95,20 @@ def bytes_per_part(bits: int, itemsize: int) -> int:
     return 128 if bits == 8 and itemsize == 1 else 32
 
 
+def parts_per_dot(bits: int, itemsize: int, pairs: int) -> int:
+    """Runs of ``bytes_per_part`` weights that the fused kernel multiplies at once.
+
+    Two for ``wgmma`` (``pairs`` of 1, as of ``byte_pairs``), which reads x from shared memory in
+    its own order; int8 weights that need no unpacking are one long run.
+    """
+    return 2 if pairs == 1 and not (bits == 8 and itemsize == 1) else 1
+
+
 def weights_per_block(bits: int, itemsize: int, pairs: int) -> int:
     """Weights a row of a block of the fused kernel; ``pairs`` as of ``byte_pairs``."""
     if bits < 8:
         return 32 * 8 // bits
-    return bytes_per_part(bits, itemsize) * (2 if pairs == 1 and itemsize > 1 else 1)
+    return bytes_per_part(bits, itemsize) * parts_per_dot(bits, itemsize, pairs)
 
 
 def byte_pairs(gpu: Gpu) -> int:
@@ -235,6 +245,9 @@ def _fitted(
     for tile in _HOPPER if gpu.capability[0] == 9 and not gpu.is_hip else _OTHERS:
         if tile.max_rows is not None and tile.max_rows < M:
             continue
+        # Triton 3.6 compiles such a kernel for sm_100 to nothing at all, and says nothing
+        if gpu.capability[0] == 10 and bits < 4 and itemsize == 2 and tile.config.block_n > 64:
+            continue
         config = _fit(tile.config, K, bits, itemsize, gpu)
         weights = _weights_per_step(config, bits, itemsize, gpu)
         steps = -(-K // weights)
@@ -294,11 +307,17 @@ class DxConfig:
     num_warps: int
 
 
-def choose_dx_config(M: int, bits: int, deterministic: bool) -> DxConfig:
+def stats_tiles_padded(num_features: int) -> int:
+    """Tiles of rows' statistics, up to a power of two, as kernels read them."""
+    return 1 << (num_stats_tiles(num_features) - 1).bit_length()
+
+
+def choose_dx_config(M: int, bits: int, symmetric: bool, deterministic: bool) -> DxConfig:
     """Tile of the gradient of x [M, K]: 128 columns of it, 64 of few rows, 256 at 1 bit."""
     if M <= 32 and not deterministic:
         return DxConfig(32, max(32, 8 * bits), num_warps=4)
-    return DxConfig(128 if bits > 1 else 64, max(32, 16 * bits), num_warps=8)
+    # more rows would spill on sm_80
+    return DxConfig(128 if bits > 1 and symmetric else 64, max(32, 16 * bits), num_warps=8)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import triton
 
 from lowbit_kernels.matmul.dispatch import Gpu, byte_pairs
 
+INTERPRETED_PAIRS = 1
+
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
@@ -26,6 +28,12 @@ def gpu_of(device: torch.device) -> Gpu:
     )
 
 
-def pairs_of(device: torch.device, kernel: Any) -> int:
-    """``byte_pairs`` of the device; 0 where the kernel is interpreted, which knows no assembly."""
-    return byte_pairs(gpu_of(device)) if isinstance(kernel, triton.JITFunction) else 0
+def pairs_of(device: torch.device, kernel: Any) -> tuple[int, int]:
+    """``byte_pairs`` of the device; and the same, or 0 where a kernel has no inline assembly.
+
+    Triton's interpreter has none; its kernels have the structure of the first number all the same.
+    """
+    if not isinstance(kernel, triton.JITFunction):
+        return INTERPRETED_PAIRS, 0
+    pairs = byte_pairs(gpu_of(device))
+    return pairs, pairs

@@ -21,12 +21,16 @@ from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_slice,
 from lowbit_kernels.matmul.dispatch import (
     LinearConfig,
     bytes_per_part,
+    parts_per_dot,
+    stats_tiles_padded,
     weights_per_block,
 )
 from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
 from lowbit_kernels.matmul.gpu import pairs_of
 from lowbit_kernels.matmul.launch import Constants, Launcher
 from lowbit_kernels.matmul.quantize_kernel import round_to_int8
+from lowbit_kernels.matmul.reference import InputNorm
+from lowbit_kernels.matmul.statistics_kernel import merge_statistics, store_statistics
 
 MAX_ROWS_WRITTEN = tl.constexpr(32)
 
@@ -66,9 +70,10 @@ def _decode(
 
 @triton.jit
 def _write_tile(
-    acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
+    acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+    out_scale_ptr, stats_ptr,
     start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-    EPILOGUE: tl.constexpr,
+    EPILOGUE: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     # a few rows at a time: those of a whole tile, with their addresses, would not fit in registers
     BLOCK_N: tl.constexpr = acc.shape[0]
@@ -77,20 +82,27 @@ def _write_tile(
         HALF: tl.constexpr = BLOCK_M // 2
         first, second = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
         _write_tile(
-            first, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
+            first, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            out_scale_ptr, stats_ptr,
             start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-            EPILOGUE,
+            EPILOGUE, FIRST,
         )  # fmt: skip
         _write_tile(
-            second, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
+            second, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            out_scale_ptr, stats_ptr,
             start_m + HALF, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-            EPILOGUE,
+            EPILOGUE, FIRST + HALF,
         )  # fmt: skip
     else:
         offs_m = start_m + tl.arange(0, BLOCK_M)
         rows = tl.minimum(offs_m, M - 1)
         mask_m = (offs_m < M)[None, :]
         z = acc.to(tl.float32)
+        if mean is not None:
+            # LayerNorm of x. A gather passes a few rows on, where a split would pass all at once
+            index = FIRST + tl.arange(0, BLOCK_M)
+            z -= tl.gather(mean, index, 0)[None, :] * weight_sum[:, None]
+            z *= tl.gather(rstd, index, 0)[None, :]
         if scale is not None:
             z *= scale[:, None]
         if x_scale_ptr is not None:
@@ -115,18 +127,22 @@ def _write_tile(
         if out_scale_ptr is not None:
             y, _ = round_to_int8(y, tl.div_rn(1.0, tl.load(out_scale_ptr)), CLAMP=True)
         y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptrs, y, mask=mask)
+        if stats_ptr is not None:
+            store_statistics(y.to(tl.float32), stats_ptr, start_n, offs_m, M, N_out)
 
 
 # lengths differ from utterance to utterance, and must not compile a kernel each
 @triton.jit(do_not_specialize=["M", "T"])
 def _linear_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
-    bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
+    x_stats_ptr, weight_sum_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr, stats_ptr,
     M, N, K, T, N_out, num_groups, steps_per_split,
     stride_xb, stride_xt, stride_qn, stride_rm,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EPILOGUE: tl.constexpr, IS_SPLIT: tl.constexpr,
-    EVEN_K: tl.constexpr, PAIRS: tl.constexpr,
+    EVEN_K: tl.constexpr, PER_DOT: tl.constexpr, PAIRS: tl.constexpr,
+    EPS: tl.constexpr, STATS_TILES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     # programs that share rows of x are neighbors: x is the large operand, the weight stays in L2
@@ -151,8 +167,7 @@ def _linear_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SUM: tl.constexpr = tl.int32 if DTYPE.is_int() else tl.float32
     # a part of a block is a run of BLOCK_BYTES along K: a slice of its bytes, or bytes of its own
-    # at 8 bits. wgmma reads x from shared memory in its own order, so two parts make a dot for it
-    PER_DOT: tl.constexpr = 2 if PAIRS == 1 and not (BITS == 8 and DTYPE.is_int()) else 1
+    # at 8 bits
     PARTS: tl.constexpr = PER_DOT if BITS == 8 else 8 // BITS
     RUN: tl.constexpr = PER_DOT * BLOCK_BYTES
     offs_j = tl.arange(0, BLOCK_BYTES)
@@ -201,10 +216,15 @@ def _linear_kernel(
     else:
         scale = tl.load(scale_ptr + offs_n) if zero_point_ptr is None else None
         bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
+        mean, rstd, weight_sum = None, None, None
+        if x_stats_ptr is not None:
+            mean, rstd = merge_statistics(x_stats_ptr, rows, M, K, EPS, STATS_TILES)
+            weight_sum = tl.load(weight_sum_ptr + offs_n).to(tl.float32)
         _write_tile(
-            acc, scale, bias, x_scale_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
+            acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            out_scale_ptr, stats_ptr,
             start_m, start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
-            EPILOGUE,
+            EPILOGUE, 0,
         )  # fmt: skip
 
 
@@ -242,9 +262,10 @@ def _plan(
     epilogue: str | None,
     config: LinearConfig,
     device: torch.device,
+    eps: float | None,
 ) -> _Plan:
     is_split = config.splits > 1
-    pairs = pairs_of(device, _linear_kernel)
+    pairs, assembly = pairs_of(device, _linear_kernel)
     step = weights_per_block(bits, itemsize, pairs) * config.unroll
     width = N // 2 if epilogue == "glu" else N
     # a part of a sum holds values and gates side by side, so its tiles are those of a plain layer
@@ -259,7 +280,9 @@ def _plan(
         constants=Constants(
             {
                 "BITS": bits, "GROUP_SIZE": group_size, "EPILOGUE": None if is_split else epilogue,
-                "IS_SPLIT": is_split, "EVEN_K": K % step == 0, "PAIRS": pairs,
+                "IS_SPLIT": is_split, "EVEN_K": K % step == 0, "PAIRS": assembly,
+                "PER_DOT": parts_per_dot(bits, itemsize, pairs),
+                "EPS": eps, "STATS_TILES": stats_tiles_padded(K) if eps is not None else 0,
                 "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
                 "BLOCK_BYTES": bytes_per_part(bits, itemsize), "UNROLL": config.unroll,
                 **config.options,
@@ -280,6 +303,8 @@ def linear_triton(
     dtype: torch.dtype | None = None,
     want_preactivation: bool = False,
     out_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel. The caller has checked the inputs.
 
@@ -295,6 +320,8 @@ def linear_triton(
         dtype: of the result; that of ``x_btk`` unless it is int8.
         want_preactivation: whether to store what the activation sees.
         out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
+        norm: the LayerNorm of x that is folded into the weight; x is not int8 then.
+        stats: [T, 2, B * T] fp32, to be filled with ``row_statistics`` of y; no ``"glu"`` then.
 
     Returns:
         y: [B * T, N_out].
@@ -302,7 +329,8 @@ def linear_triton(
     """
     B, T, K = x_btk.shape
     M, N, spec, device = B * T, weight.N, weight.spec, x_btk.device
-    plan = _plan(N, K, spec.bits, spec.group, x_btk.itemsize, epilogue, config, device)
+    eps = None if norm is None or config.splits > 1 else norm.eps
+    plan = _plan(N, K, spec.bits, spec.group, x_btk.itemsize, epilogue, config, device, eps)
     dtype = dtype or x_btk.dtype
     z = torch.empty(M, N, dtype=dtype, device=device) if want_preactivation else None
     if M == 0:
@@ -316,12 +344,17 @@ def linear_triton(
     packed = (weight.qweight, weight.scale, weight.group_scale, weight.zero_point)
     if config.splits == 1:
         y = torch.empty(M, plan.width, dtype=dtype, device=device)
-        outputs = (bias, residual, y, z, out_scale)
-        _launch(grid, (x_btk, *packed, x_scale, *outputs, *sizes), plan.constants)
+        x_stats, weight_sum = (None, None) if norm is None else (norm.stats, norm.weight_sum)
+        outputs = (bias, residual, y, z, out_scale, stats)
+        args = (x_btk, *packed, x_scale, x_stats, weight_sum, *outputs, *sizes)
+        _launch(grid, args, plan.constants)
         return y, z
     sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
     parts = torch.empty(config.splits, M, N, dtype=sums, device=device)
-    outputs = (None, None, parts, None, None)
+    outputs = (None, None, None, None, parts, None, None, None)
     _launch(grid, (x_btk, *packed, x_scale, *outputs, *sizes), plan.constants)
     scale = weight.scale if spec.symmetric else None
-    return finish_triton(parts, scale, x_scale, bias, residual, epilogue, dtype, z, out_scale), z
+    y = finish_triton(
+        parts, scale, x_scale, bias, residual, epilogue, dtype, z, out_scale, norm, stats
+    )
+    return y, z

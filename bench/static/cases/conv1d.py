@@ -3,7 +3,7 @@
 Dimension key: B batch, C input channels, N output channels, T input frames, T_out output frames.
 """
 
-from tests.aot.harness import AotCase
+from bench.static.compile import AotCase
 
 
 def _kernel(module, name):

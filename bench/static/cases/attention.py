@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from bench.static.compile import AotCase
+from bench.static.gpus import GPUS
 from lowbit_kernels.attention.config import default_config, input_precision
-from tests.aot.harness import TARGETS, AotCase
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
@@ -45,7 +46,7 @@ def strides(names: str) -> dict[str, str]:
 
 def scores_case(target: str, kernel: str, dtype: str, head_dim: int, everything: bool) -> AotCase:
     config = default_config(
-        kernel, head_dim, DTYPES[dtype], everything, TARGETS[target].shared_bytes
+        kernel, head_dim, DTYPES[dtype], everything, GPUS[target].program_shared_bytes
     )
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}
     pointers |= {"lengths_ptr": "*i64", "lse_ptr": "*fp32"}
@@ -108,7 +109,7 @@ CASES = [
     delta_case(),
     *(
         scores_case(target, kernel, *problem)
-        for target in TARGETS
+        for target in GPUS
         for kernel in KERNELS
         for problem in PROBLEMS
     ),
