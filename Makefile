@@ -8,7 +8,7 @@ VENV         ?= .venv
 BIN          := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-hf test-hf-oldest test-aot test-aot-oldest lint
+.PHONY: help demo test test-gpu test-hf test-hf-oldest test-aot test-aot-oldest cuda lint
 
 help:
 	@echo "make demo            set up $(VENV) and run 'lowbit demo'"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-hf-oldest  the same with the oldest supported transformers, in .venv-hf-oldest"
 	@echo "make test-aot        compile every kernel for every supported GPU (none needs to be present)"
 	@echo "make test-aot-oldest the same with the oldest supported Triton, in .venv-triton-oldest"
+	@echo "make cuda            build the optional CUDA C++ kernel with nvcc (no GPU needs to be present)"
 	@echo "make lint            ruff and mypy"
 
 # torch comes first and alone, so that no other requirement can choose its build
@@ -53,3 +54,6 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cuda: $(VENV)/installed-dev
+	$(BIN)/python setup_cuda.py

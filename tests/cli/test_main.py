@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from lowbit_kernels.matmul import csrc
+from lowbit_kernels.matmul.tuned import table_path
 
 
 def test_help_imports_no_torch_and_names_every_command():
@@ -99,6 +103,19 @@ def test_env_says_what_is_there(lowbit):
     shown = lowbit("env")
     assert shown.code == 0
     assert str(torch.__version__) in shown.out
+
+
+def test_env_says_what_serves_a_gpu(lowbit, monkeypatch):
+    h200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: h200)
+    monkeypatch.setattr(csrc, "is_available", lambda: True)
+    gpu = lowbit("env", "--json").json["devices"][1]
+    assert gpu["device"] == "cuda:0"
+    assert gpu["detail"].startswith("sm_90, 141 GiB")
+    assert "CUDA C++ (few rows)" in gpu["backends"]
+    known = table_path(h200.name).exists()
+    assert f"tiles: {'measured here' if known else 'defaults'}" in gpu["backends"]
 
 
 def test_no_command_shows_the_help_and_nothing_else(lowbit):

@@ -12,6 +12,8 @@ import torch
 from rich.table import Table
 
 from lowbit_kernels.cpu import cpu_backend
+from lowbit_kernels.matmul import csrc
+from lowbit_kernels.matmul.tuned import table_path
 
 # package to what it is for; an extra's name where one brings it
 _OPTIONAL = {
@@ -80,12 +82,15 @@ def _cpu_name() -> str:
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     served = properties.major >= 8 and _version("triton") is not None
+    backends = ["Triton (fused, resident int8)", "cuBLAS (dequantized)"]
+    backends += ["CUDA C++ (few rows)"] if csrc.is_available() else []
+    measured = "measured here" if table_path(properties.name).exists() else "defaults"
     return {
         "device": f"cuda:{index}",
         "name": properties.name,
         "detail": f"sm_{properties.major}{properties.minor}, "
         f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
-        "backends": ["Triton (fused)", "cuBLAS (dequantized)"] if served else [],
+        "backends": [*backends, f"tiles: {measured}"] if served else [],
     }
 
 
