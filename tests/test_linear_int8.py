@@ -203,6 +203,20 @@ def test_the_resident_int8_weight_gives_the_same_bits(tmp_path, monkeypatch, dev
     assert torch.equal(changed, cuda_linear.linear_cuda(x, *args)[0])
 
 
+def test_no_copy_is_made_while_a_graph_is_captured(monkeypatch, device):
+    """Nothing is computed then: the copy would be garbage for every later call."""
+    weight = quantize_weight(torch.randn(8, 70, device=device), SPECS["w4g64"])
+    monkeypatch.setattr(cuda_linear, "_is_capturing", lambda: True)
+    assert cuda_linear._resident(weight) is weight
+    monkeypatch.setattr(cuda_linear, "_is_capturing", lambda: False)
+    made = cuda_linear._resident(weight)
+    assert torch.equal(made.integers(), weight.integers())
+    monkeypatch.setattr(cuda_linear, "_is_capturing", lambda: True)
+    assert cuda_linear._resident(weight).qweight is made.qweight
+    weight.qweight.add_(1)
+    assert cuda_linear._resident(weight) is weight
+
+
 @pytest.mark.gpu
 @specs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

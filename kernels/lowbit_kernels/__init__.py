@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     )
     from lowbit_kernels.conv1d import low_bit_conv1d
     from lowbit_kernels.conversion import capture_graphs, dequantize, quantize
+    from lowbit_kernels.conversion.qat import convert, prepare_qat
+    from lowbit_kernels.fake_quant import fake_quantize
     from lowbit_kernels.formats import QuantConfig, QuantSpec
     from lowbit_kernels.integrations.huggingface import LowbitConfig
     from lowbit_kernels.matmul import low_bit_linear
@@ -43,12 +45,15 @@ _HOME = {
     "QuantConfig": "formats",
     "QuantSpec": "formats",
     "capture_graphs": "conversion",
+    "convert": "conversion.qat",
     "dequantize": "conversion",
+    "fake_quantize": "fake_quant",
     "flash_attention": "attention",
     "inspect_checkpoint": "checkpoint",
     "load_quantized": "checkpoint",
     "low_bit_conv1d": "conv1d",
     "low_bit_linear": "matmul",
+    "prepare_qat": "conversion.qat",
     "quantize": "conversion",
     "save_quantized": "checkpoint",
 }
@@ -63,12 +68,15 @@ __all__ = [
     "QuantConfig",
     "QuantSpec",
     "capture_graphs",
+    "convert",
     "dequantize",
+    "fake_quantize",
     "flash_attention",
     "inspect_checkpoint",
     "load_quantized",
     "low_bit_conv1d",
     "low_bit_linear",
+    "prepare_qat",
     "quantize",
     "save_quantized",
 ]

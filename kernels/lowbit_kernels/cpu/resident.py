@@ -78,6 +78,19 @@ def resident_int8(weight: QuantizedWeight, layout: str, groups: int = 1) -> Resi
     return made
 
 
+def resident_made(weight: QuantizedWeight, layout: str) -> Resident | None:
+    """The copy that ``resident_int8`` would return without making it; None if there is none.
+
+    It reads no tensor, so that it may be asked while a CUDA graph is captured: of tensors that
+    count no versions it cannot know whether they changed, and has none.
+    """
+    with _lock:
+        entry = _entries.get(weight.qweight)
+    if entry is None or entry.copies or not _is_true(entry, weight, layout, 1):
+        return None
+    return entry.resident
+
+
 def resident_bytes(qweight: Tensor) -> int:
     """Bytes of the int8 copy that ``qweight`` has now; 0 before its first use."""
     with _lock:

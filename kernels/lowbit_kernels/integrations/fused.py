@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.class_swap import Swapped
-from lowbit_kernels.modules import QConv1d, QLinear
+from lowbit_kernels.modules import QATLinear, QConv1d, QLinear
 
 
 class FusedFeedForward(Swapped):
@@ -24,7 +24,10 @@ class FusedFeedForward(Swapped):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         first = self.intermediate_dense
-        if type(first) is not QLinear:  # an adapter around it comes before the activation
+        if type(first) not in (
+            QLinear,
+            QATLinear,
+        ):  # an adapter around it comes before the activation
             plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return plain
         inner = first(hidden_states, epilogue=epilogue_of(self.intermediate_act_fn))

@@ -9,17 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit_kernels.cpu.resident import resident_int8
+from lowbit_kernels.cpu.resident import resident_int8, resident_made
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul import csrc
 from lowbit_kernels.matmul.backward_kernel import linear_dx_triton
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import LinearConfig, choose_dx_backend, choose_linear
+from lowbit_kernels.matmul.dispatch import (
+    LinearConfig,
+    choose_config,
+    choose_dx_backend,
+    choose_linear,
+    planned_rows,
+)
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
 from lowbit_kernels.matmul.gpu import gpu_of
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
-from lowbit_kernels.matmul.reference import input_scale_rows
+from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, input_scale_rows
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -62,8 +68,8 @@ def linear_cuda(
         x_scale = None
         if spec.inputs is not None:
             if spec.input_scale != "token":
-                x_scale = input_scale_rows(x, spec.input_scale, weight.input_scale)
-            rows, x_scale = quantize_rows_triton(rows, x_scale)
+                x_scale = input_scale_rows(x, spec.input_scale, weight.input_scale, spec.inputs)
+            rows, x_scale = quantize_rows_triton(rows, x_scale, spec.inputs)
         if choice.backend == "resident_int8":
             weight = _resident(weight)
         y, z = linear_triton(
@@ -106,11 +112,54 @@ def linear_int8_cuda(
     return _of_shape(y, q)
 
 
+def linear_folded_cuda(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    *,
+    norm: InputNorm | None = None,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """Outputs [..., N_out] of a folded LayerNorm's two sides. See ``folded_op.py``.
+
+    Always the fused kernel: cuBLAS would round the product before the mean is taken off it.
+    """
+    rows, spec, gpu = as_rows(x), weight.spec, gpu_of(x.device)
+    M = rows.shape[0] * rows.shape[1]
+    config = choose_linear(
+        M, weight.N, weight.K, spec.bits, spec.group, None, x.dtype, False, spec.deterministic, gpu
+    ).config
+    if not isinstance(config, LinearConfig) or config.block_n < STATS_WIDTH:
+        planned = planned_rows(M, spec.deterministic)
+        config = choose_config(planned, weight.N, weight.K, spec.bits, x.itemsize, gpu)
+    y, _ = linear_triton(
+        rows, weight, bias, _matrix(residual), epilogue, config, norm=norm, stats=stats
+    )
+    return _of_shape(y, x)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _resident(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight expanded to 8 bits, once: the same integers, so the same result."""
-    copy = resident_int8(weight, "rows").tensors[0]
+    """The weight expanded to 8 bits, once: the same integers, so the same result.
+
+    While a CUDA graph is captured nothing is computed, so a copy that is not there yet would stay
+    empty: the packed weight serves then.
+    """
+    if _is_capturing():
+        made = resident_made(weight, "rows")
+        if made is None:
+            return weight
+    else:
+        made = resident_int8(weight, "rows")
     spec = replace(weight.spec, bits=8, group_size=None)
-    return QuantizedWeight(copy, weight.scale, None, None, weight.K, spec, weight.input_scale)
+    return QuantizedWeight(
+        made.tensors[0], weight.scale, None, None, weight.K, spec, weight.input_scale
+    )
 
 
 def linear_dequant_cublas(

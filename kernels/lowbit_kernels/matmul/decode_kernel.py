@@ -21,6 +21,7 @@ from lowbit_kernels.matmul.decode_asm import (
     level_bias,
     level_step,
 )
+from lowbit_kernels.matmul.quantize_kernel import to_fp8
 
 
 @triton.jit
@@ -51,7 +52,11 @@ def decode_slice(
 ):
     # q uint8 [N, J], m uint8 [N, 1 or J] the group scale or None -> level * m, [N, J] of DTYPE.
     # PAIRS: pairs of bytes a register holds, 0 without inline assembly
-    if BITS == 8 and DTYPE.is_int():
+    if DTYPE.is_fp8():
+        # integers up to 128 are exact in fp16; the matrix unit wants them by four, like int8
+        w = decode_slice(q, m, BITS, SHIFT, tl.float16, 2 if PAIRS > 0 else 0)
+        w = to_fp8(w, PAIRS == 0)
+    elif BITS == 8 and DTYPE.is_int():
         w = q.to(tl.int8, bitcast=True)
     elif PAIRS == 0:
         w = decode_levels(q, SHIFT, BITS, DTYPE)

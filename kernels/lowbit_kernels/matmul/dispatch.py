@@ -89,8 +89,8 @@ class LinearConfig:
 def bytes_per_part(bits: int, itemsize: int) -> int:
     """Packed bytes a row that the fused kernel reads at a time, for inputs of ``itemsize`` bytes.
 
-    Those of the format's block; int8 inputs and weights go to the matrix unit as they are, 128
-    bytes at a time, the most that it reads at once.
+    Those of the format's block; of 8-bit weights and inputs 128, the most that the matrix unit
+    reads at once: int8 goes to it as it is.
     """
     return 128 if bits == 8 and itemsize == 1 else 32
 
@@ -221,7 +221,7 @@ def choose_config(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) ->
         N: output features.
         K: input features.
         bits: bits a weight.
-        itemsize: bytes an element of the input, 1 for int8.
+        itemsize: bytes an element of the input, 1 for int8 and fp8.
         gpu: the device.
     """
     return min(_fitted(M, N, K, bits, itemsize, gpu), key=lambda config: config[1])[0]
@@ -353,8 +353,13 @@ def choose_linear(
         can_csrc: whether the CUDA C++ kernel is there and serves the call.
 
     Raises:
-        NotImplementedError: as ``choose_backend``.
+        NotImplementedError: as ``choose_backend``; for fp8 inputs on a GPU without e4m3 operands.
     """
+    if inputs == "fp8" and (gpu.is_hip or gpu.capability < (8, 9)):
+        raise NotImplementedError(
+            "inputs='fp8' serves NVIDIA GPUs of capability 8.9 and later, got "
+            f"{gpu.name} of capability {gpu.capability}: quantize with inputs='int8'"
+        )
     backend = choose_backend(M, inputs, dtype, gpu.capability, deterministic, is_plain)
     rows = planned_rows(M, deterministic)
     itemsize = 2 if inputs is None else 1

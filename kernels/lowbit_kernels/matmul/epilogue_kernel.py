@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit_kernels.matmul.dispatch import stats_tiles_padded
 from lowbit_kernels.matmul.launch import Constants, Launcher
 from lowbit_kernels.matmul.quantize_kernel import round_to_int8
+from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm
+from lowbit_kernels.matmul.statistics_kernel import merge_statistics, store_statistics
 
 
 @triton.jit
@@ -155,10 +158,11 @@ def _sum_parts(parts_ptr, offs, size, num_parts):
 
 @triton.jit(do_not_specialize=["M"])
 def _finish_kernel(
-    parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr,
-    M, N, N_out, num_parts,
+    parts_ptr, scale_ptr, x_scale_ptr, x_stats_ptr, weight_sum_ptr, bias_ptr, residual_ptr,
+    y_ptr, z_ptr, out_scale_ptr, stats_ptr,
+    M, N, K, N_out, num_parts,
     stride_rm,
-    EPILOGUE: tl.constexpr, BLOCK: tl.constexpr,
+    EPILOGUE: tl.constexpr, EPS: tl.constexpr, STATS_TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # one program: BLOCK columns of one row
     m = tl.program_id(0).to(tl.int64)
@@ -169,6 +173,10 @@ def _finish_kernel(
     size = M.to(tl.int64) * N
     row_scale = tl.load(x_scale_ptr + m) if x_scale_ptr is not None else 1.0
     z = _sum_parts(parts_ptr, m * N + cols, size, num_parts)
+    if x_stats_ptr is not None:
+        row = m + tl.arange(0, 1)
+        mean, row_scale = merge_statistics(x_stats_ptr, row, M, K, EPS, STATS_TILES)
+        z -= mean * tl.load(weight_sum_ptr + cols).to(tl.float32)
     if scale_ptr is not None:
         z *= tl.load(scale_ptr + cols) * row_scale
     if bias_ptr is not None:
@@ -178,6 +186,8 @@ def _finish_kernel(
     if EPILOGUE == "glu":
         cols_g = cols + N_out
         gate = _sum_parts(parts_ptr, m * N + cols_g, size, num_parts)
+        if x_stats_ptr is not None:
+            gate -= mean * tl.load(weight_sum_ptr + cols_g).to(tl.float32)
         if scale_ptr is not None:
             gate *= tl.load(scale_ptr + cols_g) * row_scale
         if bias_ptr is not None:
@@ -191,7 +201,11 @@ def _finish_kernel(
         y += tl.load(residual_ptr + m * stride_rm + cols).to(tl.float32)
     if out_scale_ptr is not None:
         y, _ = round_to_int8(y, tl.div_rn(1.0, tl.load(out_scale_ptr)), CLAMP=True)
-    tl.store(y_ptr + m * N_out + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m * N_out + offs_n, y, mask=mask)
+    if stats_ptr is not None:
+        start_n, row = tl.program_id(1) * BLOCK, m + tl.arange(0, 1)
+        store_statistics(y.to(tl.float32)[:, None], stats_ptr, start_n, row, M, N_out)
 
 
 def finish_triton(
@@ -204,6 +218,8 @@ def finish_triton(
     dtype: torch.dtype,
     preactivation: Tensor | None = None,
     out_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """``epilogue(parts.sum(0) * scale + bias) + residual``, [M, N_out], summed in order.
 
@@ -217,16 +233,22 @@ def finish_triton(
         dtype: of the result.
         preactivation: [M, N], to be filled with what the activation sees.
         out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
+        norm: the LayerNorm of the product's left operand that is folded into the right one.
+        stats: [T, 2, M] fp32, to be filled with ``row_statistics`` of the result.
     """
     S, M, N = parts.shape
     N_out = N // 2 if epilogue == "glu" else N
     y = torch.empty(M, N_out, dtype=dtype, device=parts.device)
-    block, constants = _finish_constants(N_out, epilogue)
+    x_stats, weight_sum, K, eps = None, None, 0, None
+    if norm is not None:
+        x_stats, weight_sum, K, eps = norm.stats, norm.weight_sum, norm.num_features, norm.eps
+    block, constants = _finish_constants(N_out, epilogue, K, eps)
     _launch_finish(
         (M, -(-N_out // block)),
         (
-            parts, scale, x_scale, bias, residual, y, preactivation, out_scale,
-            M, N, N_out, S, 0 if residual is None else residual.stride(0),
+            parts, scale, x_scale, x_stats, weight_sum, bias, residual,
+            y, preactivation, out_scale, stats,
+            M, N, K, N_out, S, 0 if residual is None else residual.stride(0),
         ),
         constants,
     )  # fmt: skip
@@ -237,9 +259,13 @@ _launch_finish = Launcher(_finish_kernel)
 
 
 @functools.cache
-def _finish_constants(N_out: int, epilogue: str | None) -> tuple[int, Constants]:
-    block = min(1024, triton.next_power_of_2(N_out))
-    return block, Constants({"EPILOGUE": epilogue, "BLOCK": block})
+def _finish_constants(
+    N_out: int, epilogue: str | None, K: int, eps: float | None
+) -> tuple[int, Constants]:
+    block = min(1024, max(STATS_WIDTH, triton.next_power_of_2(N_out)))
+    tiles = stats_tiles_padded(K)
+    values = {"EPILOGUE": epilogue, "EPS": eps, "STATS_TILES": tiles, "BLOCK": block}
+    return block, Constants(values)
 
 
 @triton.jit(do_not_specialize=["M"])

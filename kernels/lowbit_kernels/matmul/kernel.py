@@ -309,15 +309,15 @@ def linear_triton(
     """Launch the kernel. The caller has checked the inputs.
 
     Args:
-        x_btk: [B, T, K], fp16, bf16, or int8 with ``x_scale``. Its last stride is 1, the others
+        x_btk: [B, T, K], fp16, bf16, or int8 or fp8 with ``x_scale``. Its last stride is 1, the others
             are any: rows may overlap, as those of a strided convolution's ``as_strided`` view do.
         weight: [N, K].
         bias: [N].
         residual: [B * T, N_out], its last stride 1.
         epilogue: as in ``low_bit_linear``.
         config: tile sizes.
-        x_scale: [B * T] fp32, the scale of each row of an int8 input.
-        dtype: of the result; that of ``x_btk`` unless it is int8.
+        x_scale: [B * T] fp32, the scale of each row of an int8 or fp8 input.
+        dtype: of the result; that of ``x_btk`` unless that is int8 or fp8.
         want_preactivation: whether to store what the activation sees.
         out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
         norm: the LayerNorm of x that is folded into the weight; x is not int8 then.
@@ -351,8 +351,9 @@ def linear_triton(
         return y, z
     sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
     parts = torch.empty(config.splits, M, N, dtype=sums, device=device)
-    outputs = (None, None, None, None, parts, None, None, None)
-    _launch(grid, (x_btk, *packed, x_scale, *outputs, *sizes), plan.constants)
+    absent = (None, None, None)
+    args = (x_btk, *packed, x_scale, None, *absent, parts, *absent, *sizes)
+    _launch(grid, args, plan.constants)
     scale = weight.scale if spec.symmetric else None
     y = finish_triton(
         parts, scale, x_scale, bias, residual, epilogue, dtype, z, out_scale, norm, stats

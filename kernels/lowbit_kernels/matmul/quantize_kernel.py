@@ -1,4 +1,4 @@
-"""Triton kernel that quantizes the rows of a matmul's input to int8.
+"""Triton kernel that quantizes the rows of a matmul's input to int8 or fp8 (e4m3).
 
 Dimension key: M rows, seen as [B, T]; K input features.
 """
@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.matmul.launch import Constants, Launcher
-from lowbit_kernels.matmul.reference import INT8_MAX, MIN_INPUT_SCALE
+from lowbit_kernels.matmul.reference import INPUT_DTYPES, INPUT_MAX, INT8_MAX, MIN_INPUT_SCALE
 
 _INT8_MAX = tl.constexpr(float(INT8_MAX))
+_FP8_MAX = tl.constexpr(float(INPUT_MAX["fp8"]))
 _MIN_SCALE = tl.constexpr(MIN_INPUT_SCALE)
 
 
@@ -24,9 +25,9 @@ def max_or_nan(a, b):
 
 
 @triton.jit
-def int8_scale(largest):
+def int8_scale(largest, LIMIT: tl.constexpr = _INT8_MAX):
     # bit by bit reference.py::int8_scale; a row that is not finite becomes NaN as a whole
-    scale = tl.maximum(tl.div_rn(largest, _INT8_MAX), _MIN_SCALE)
+    scale = tl.maximum(tl.div_rn(largest, LIMIT), _MIN_SCALE)
     return tl.where(largest < float("inf"), scale, float("nan"))
 
 
@@ -42,14 +43,29 @@ def round_to_int8(x, inverse, CLAMP: tl.constexpr):
     return shifted.to(tl.int32, bitcast=True).to(tl.int8), shifted - 12582912.0
 
 
+@triton.jit
+def to_fp8(x, INTERPRETED: tl.constexpr):
+    # x in [-448, 448] or NaN as e4m3, rounded half to even
+    if INTERPRETED:
+        # the interpreter's cast drops a carry into the exponent: give it what needs no rounding.
+        # unit leaves no bits below those of the three after the leading one, or below 2 ** -9
+        x = x.to(tl.float32)
+        exponent = tl.maximum(x.to(tl.int32, bitcast=True) >> 23 & 255, 121)
+        unit = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, x + unit - unit, x)
+    return x.to(tl.float8e4nv)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _quantize_rows_kernel(
     x_ptr, q_ptr, scale_ptr,
     K, T,
     stride_xb, stride_xt, stride_qm,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # one program: one row
+    IS_FP8: tl.constexpr = q_ptr.dtype.element_ty.is_fp8()
+    LIMIT: tl.constexpr = _FP8_MAX if IS_FP8 else _INT8_MAX
     m = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + m // T * stride_xb + m % T * stride_xt
     if HAS_SCALE:
@@ -61,30 +77,37 @@ def _quantize_rows_kernel(
             x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
             # the last maximum passes over a NaN, not over infinity
             largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
-        scale = int8_scale(tl.max(largest))
+        scale = int8_scale(tl.max(largest), LIMIT)
         tl.store(scale_ptr + m, scale)
     inverse = tl.div_rn(1.0, scale)
     for start in range(0, K, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
-        q, _ = round_to_int8(x, inverse, HAS_SCALE)
+        if IS_FP8:
+            scaled = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            q = to_fp8(scaled, INTERPRETED)
+        else:
+            q, _ = round_to_int8(x, inverse, HAS_SCALE)
         tl.store(q_ptr + m * stride_qm + offs, q, mask=offs < K)
 
 
-def quantize_rows_triton(x_btk: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize rows to int8.
+def quantize_rows_triton(
+    x_btk: Tensor, x_scale: Tensor | None, inputs: str = "int8"
+) -> tuple[Tensor, Tensor]:
+    """Quantize rows to int8 or fp8.
 
     Args:
         x_btk: [B, T, K], floating point, its last stride 1.
         x_scale: [B * T] fp32. None: each row's own, from its largest magnitude.
+        inputs: ``"int8"`` or ``"fp8"``.
 
     Returns:
-        q: [B, T, K] int8 in [-127, 127], rows 32 bytes aligned.
+        q: [B, T, K], bit by bit that of ``reference.quantize_rows``, rows 32 bytes aligned.
         x_scale: [B * T] fp32; NaN where a row's own would not be finite.
     """
     B, T, K = x_btk.shape
     pitch = -(-K // 32) * 32
-    q = torch.empty(B, T, pitch, dtype=torch.int8, device=x_btk.device)
+    q = torch.empty(B, T, pitch, dtype=INPUT_DTYPES[inputs], device=x_btk.device)
     scale = torch.empty(B * T, device=x_btk.device) if x_scale is None else x_scale
     if B * T:
         stride_b = x_btk.stride(0) if B > 1 else 0
@@ -101,4 +124,10 @@ _launch = Launcher(_quantize_rows_kernel)
 
 @functools.cache
 def _constants(K: int, has_scale: bool) -> Constants:
-    return Constants({"HAS_SCALE": has_scale, "BLOCK": min(1024, triton.next_power_of_2(K))})
+    return Constants(
+        {
+            "HAS_SCALE": has_scale,
+            "BLOCK": min(1024, triton.next_power_of_2(K)),
+            "INTERPRETED": not isinstance(_quantize_rows_kernel, triton.JITFunction),
+        }
+    )

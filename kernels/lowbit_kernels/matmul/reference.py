@@ -4,6 +4,8 @@ Dimension key: M rows of the input, N output features, K input features. A ``glu
 the output: N_out is N / 2 there and N elsewhere.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,13 @@ from lowbit_kernels.formats import QuantizedWeight
 aten = torch.ops.aten
 
 INT8_MAX = 127
+
+# what an input is quantized to, and the largest magnitude there
+INPUT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+INPUT_MAX = {"int8": INT8_MAX, "fp8": 448}
+
+# features that share statistics for LayerNorm: no tile of a kernel has fewer
+STATS_WIDTH = 64
 
 # the smallest normal fp32 number: a silent row gets a scale whose reciprocal is finite
 MIN_INPUT_SCALE = 2.0**-126
@@ -35,7 +44,7 @@ def linear_reference(
         bias: [N].
         residual: [M, N_out].
         epilogue: ``None``, gelu, gelu_tanh, silu, relu or glu.
-        x_scale_rows: [M] fp32, the scale of each row's int8 input. None: a row's own.
+        x_scale_rows: [M] fp32, the scale of each row's quantized input. None: a row's own.
 
     Returns:
         [M, N_out], in the dtype of x.
@@ -48,19 +57,26 @@ def preactivation_reference(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, x_scale_rows: Tensor | None = None
 ) -> Tensor:
     """``x @ W.T + bias``, [M, N], in the dtype of x [M, K]."""
-    if weight.spec.inputs is None:
+    inputs = weight.spec.inputs
+    if inputs is None:
         return F.linear(x, weight.dequantize(x.dtype), bias)
     if x_scale_rows is None:
-        x_scale_rows = input_scale_rows(x, "token", None)
-    # integers below 2 ** 53 are exact in float64, and so are their sums
-    sums = quantize_rows(x, x_scale_rows).double() @ weight.integers().double().t()
+        x_scale_rows = input_scale_rows(x, "token", None, inputs)
+    levels = weight.integers()
+    if inputs == "fp8":
+        levels = levels.float().to(INPUT_DTYPES[inputs])
+    # integers below 2 ** 53, and fp8's multiples of 2 ** -9 below 2 ** 44, are exact in float64,
+    # and so are their sums
+    sums = quantize_rows(x, x_scale_rows, inputs).double() @ levels.double().t()
     wide = torch.promote_types(x.dtype, torch.float32)
     z = sums.to(wide) * (x_scale_rows[:, None] * weight.scale).to(wide)
     return (z if bias is None else z + bias.to(wide)).to(x.dtype)
 
 
-def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tensor:
-    """The scale of the int8 input of each row: fp32 [M], M the rows of x [..., K].
+def input_scale_rows(
+    x: Tensor, kind: str, static_scale: Tensor | None, inputs: str = "int8"
+) -> Tensor:
+    """The scale of the quantized input of each row: fp32 [M], M the rows of x [..., K].
 
     Args:
         x: [..., K], floating point.
@@ -68,6 +84,7 @@ def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tenso
             (all rows, where x has fewer than three dimensions); ``"static"``: all have
             ``static_scale``.
         static_scale: [] fp32, for ``"static"``.
+        inputs: ``"int8"`` or ``"fp8"``.
     """
     rows = x.shape[:-1]
     if kind == "static":
@@ -81,24 +98,30 @@ def input_scale_rows(x: Tensor, kind: str, static_scale: Tensor | None) -> Tenso
         largest = x.abs().amax(tuple(range(1 if x.dim() >= 3 else 0, x.dim())), keepdim=True)[
             ..., 0
         ]
-    return int8_scale(largest).expand(rows).flatten().contiguous()
+    return int8_scale(largest, INPUT_MAX[inputs]).expand(rows).flatten().contiguous()
 
 
-def int8_scale(largest: Tensor) -> Tensor:
+def int8_scale(largest: Tensor, limit: int = INT8_MAX) -> Tensor:
     """The fp32 scale of int8 values up to the magnitude ``largest``: the same on every device.
+
+    With another ``limit``, of values that reach that instead of 127.
 
     NaN where the magnitude is NaN or infinite: what is computed from such a row is NaN.
     """
     # CUDA divides by a number through its reciprocal, an ulp off, and by a tensor correctly
-    divisor = torch.full_like(largest, INT8_MAX, dtype=torch.float32)
+    divisor = torch.full_like(largest, limit, dtype=torch.float32)
     scale = (largest.float() / divisor).clamp_min(MIN_INPUT_SCALE)
     return scale.masked_fill(largest.isinf(), torch.nan)
 
 
-def quantize_rows(x: Tensor, scale_rows: Tensor) -> Tensor:
-    """int8 [M, K] in [-127, 127] of x [M, K]; fp32 arithmetic whatever the dtype of x."""
-    q = (x.float() * (1 / scale_rows)[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
-    return q.to(torch.int8)
+def quantize_rows(x: Tensor, scale_rows: Tensor, inputs: str = "int8") -> Tensor:
+    """int8 [M, K] in [-127, 127], or fp8 (e4m3) in [-448, 448], of x [M, K].
+
+    fp32 arithmetic whatever the dtype of x; rounded half to even, by the cast to fp8 there.
+    """
+    limit = INPUT_MAX[inputs]
+    q = (x.float() * (1 / scale_rows)[:, None]).clamp(-limit, limit)
+    return (q.round() if inputs == "int8" else q).to(INPUT_DTYPES[inputs])
 
 
 def apply_epilogue(z: Tensor, epilogue: str | None) -> Tensor:
@@ -144,3 +167,92 @@ def epilogue_backward_reference(dy: Tensor, z: Tensor | None, epilogue: str | No
     else:
         dz = aten.glu_backward(dy, z, -1)
     return dz
+
+
+def row_statistics(h: Tensor) -> Tensor:
+    """What LayerNorm needs to know of rows, in tiles of ``STATS_WIDTH`` features.
+
+    Args:
+        h: [M, N], floating point.
+
+    Returns:
+        [T, 2, M] fp32, T = ceil(N / STATS_WIDTH): of each tile and row the sum, and the sum of
+        squared deviations from the tile's mean.
+    """
+    M, N = h.shape
+    T = num_stats_tiles(N)
+    tiles = F.pad(h.float(), (0, T * STATS_WIDTH - N)).view(M, T, STATS_WIDTH)
+    inside = (torch.arange(T * STATS_WIDTH, device=h.device) < N).view(T, STATS_WIDTH)
+    total = tiles.sum(2)
+    centered = (tiles - (total / inside.sum(1))[:, :, None]) * inside
+    return torch.stack((total, centered.square().sum(2))).permute(2, 0, 1).contiguous()
+
+
+def num_stats_tiles(num_features: int) -> int:
+    """T of ``row_statistics``."""
+    return -(-num_features // STATS_WIDTH)
+
+
+def merge_statistics(stats: Tensor, num_features: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and ``1 / sqrt(variance + eps)`` of rows, fp32 [M], without cancellation.
+
+    The formula is that of Chan, Golub and LeVeque, "Algorithms for computing the sample variance"
+    (1983).
+
+    Args:
+        stats: [T, 2, M] as ``row_statistics`` gives them.
+        num_features: N.
+        eps: added to the variance.
+    """
+    total, squares = stats.unbind(1)
+    start = torch.arange(len(stats), device=stats.device)[:, None] * STATS_WIDTH
+    count = (num_features - start).clamp(max=STATS_WIDTH)
+    mean = total.sum(0) / num_features
+    variance = (squares + count * (total / count - mean).square()).sum(0) / num_features
+    return mean, (variance + eps).rsqrt()
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """A LayerNorm of a layer's input x whose scale and shift are in the layer's weight and bias.
+
+    Args:
+        stats: [T, 2, M] fp32, ``row_statistics`` of x.
+        weight_sum: [N] int32, the sum over K of the integers of the symmetric weight.
+        num_features: K.
+        eps: added to the variance.
+    """
+
+    stats: Tensor
+    weight_sum: Tensor
+    num_features: int
+    eps: float
+
+
+def linear_normed_reference(
+    sums: Tensor,
+    scale: Tensor,
+    norm: InputNorm,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+) -> Tensor:
+    """``epilogue(normalize(x) @ W.T + bias) + residual`` from the product of x itself.
+
+    As ``normalize(x) @ W.T = (x @ W.T - mean * W.sum(1)) / deviation``, whatever W is.
+
+    Args:
+        sums: [M, N] fp32, ``x @ W.T``.
+        scale: [N] fp32, of the weight.
+        norm: of x.
+        bias: [N].
+        residual: [M, N_out].
+        epilogue: as in ``linear_reference``.
+
+    Returns:
+        [M, N_out] fp32.
+    """
+    mean, rstd = merge_statistics(norm.stats, norm.num_features, norm.eps)
+    z = (sums - mean[:, None] * (norm.weight_sum * scale)) * rstd[:, None]
+    y = apply_epilogue(z if bias is None else z + bias.float(), epilogue)
+    return y if residual is None else y + residual.float()

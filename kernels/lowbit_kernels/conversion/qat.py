@@ -1,0 +1,122 @@
+"""prepare_qat(model) and convert(model): train a model as it will be quantized, then pack it."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lowbit_kernels.conversion.convert import _as_config, _bytes, _check_layers, _report, adapt
+from lowbit_kernels.conversion.expose import exposed
+from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patterns
+from lowbit_kernels.conversion.registry import finish
+from lowbit_kernels.conversion.replace import names_of, replace_modules
+from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
+from lowbit_kernels.formats import QuantConfig, QuantSpec
+from lowbit_kernels.modules import QATLinear, QLinear, check_qat
+
+# where a model remembers what it was prepared with
+_CONFIG = "_qat_config"
+
+
+def prepare_qat(
+    model: nn.Module, config: QuantConfig | QuantSpec | None = None, quantizer: str = "lsq"
+) -> QuantizationReport:
+    """Put training twins in the place of a model's linear layers, in place.
+
+    The twins share the parameters of the layers and add learned scales: make the optimizer
+    afterwards. Then train, and call ``convert``. Convolutions have no twin: they stay in float.
+
+    Args:
+        model: any module.
+        config: which layer gets what, as for ``quantize``.
+        quantizer: ``"ste"``, ``"lsq"`` or ``"elastic"``, see ``QATLinear``.
+
+    Returns:
+        A report with every layer: its spec, or what was left in float and why.
+
+    Raises:
+        ValueError: for a wrong argument, a weight that is not finite, a model that is itself the
+            layer or whose layers lie on several devices; the model is unchanged.
+        NotImplementedError: for specs that no training twin exists for; the model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got a {type(model).__name__}")
+    config = _as_config(config)
+    with torch.inference_mode(False), exposed(model):
+        plan = [_left_in_float(decision) for decision in make_plan(model, config)]
+        chosen = [decision for decision in plan if decision.spec is not None]
+        _check_layers(chosen)
+        twins = {d.module: _twin(d, quantizer) for d in chosen}
+        replace_modules(model, twins)
+        if twins:
+            adapt(model)
+            setattr(model, _CONFIG, config)
+    sizes = [_bytes(decision.module) for decision in plan]
+    layers = tuple(
+        LayerReport(
+            d.name, type(d.module).__name__, str(d.spec) if d.spec else None, d.reason, size, size
+        )
+        for d, size in zip(plan, sizes, strict=True)
+    )
+    notes = unmatched_patterns(plan, config)
+    if not chosen:
+        notes.append("nothing will be quantized: no linear layer matched the config")
+    return QuantizationReport(layers, _bytes(model), _bytes(model), tuple(notes))
+
+
+def convert(model: nn.Module) -> QuantizationReport:
+    """Pack the layers that ``prepare_qat`` made, in place: the outputs stay, to rounding.
+
+    Args:
+        model: a model that was prepared, and trained.
+
+    Returns:
+        A report with every layer that was packed; the SQNR is that of the trained float weight.
+
+    Raises:
+        ValueError: for a model without such layers, or with a learned scale of inputs that no batch
+            has set; the model is unchanged.
+        NotImplementedError: for inputs of fewer than 8 bits; the model is unchanged.
+    """
+    names = {m: n for m, n in names_of(model).items() if isinstance(m, QATLinear)}
+    if not names or "" in next(iter(names.values())):
+        raise ValueError(
+            "model must contain layers that prepare_qat made, got "
+            + ("the layer itself" if names else "none")
+        )
+    before, decisions = _bytes(model), []
+    packed: dict[nn.Module, QLinear] = {}
+    for layer, (name, *others) in names.items():
+        assert isinstance(layer, QATLinear), "chosen above"
+        decisions.append(Decision(name, layer, layer.spec, "trained", tuple(others)))
+        try:
+            packed[layer] = layer.to_quantized()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    reports = tuple(_report(d, packed[d.module]) for d in decisions)
+    config = model.__dict__.pop(_CONFIG, None) or QuantConfig(next(iter(packed.values())).spec)
+    replace_modules(model, packed)
+    adapt(model)
+    finish(model, config)
+    return QuantizationReport(reports, before, _bytes(model))
+
+
+def _left_in_float(decision: Decision) -> Decision:
+    if decision.spec is None:
+        return decision
+    if not isinstance(decision.module, nn.Linear):
+        return replace(decision, spec=None, reason="convolutions train in float")
+    if nn.utils.parametrize.is_parametrized(decision.module):
+        return replace(decision, spec=None, reason="its weight is computed from other parameters")
+    return decision
+
+
+def _twin(decision: Decision, quantizer: str) -> QATLinear:
+    module, spec = decision.module, decision.spec
+    assert isinstance(module, nn.Linear), "others are left in float"
+    assert spec is not None, "chosen"
+    check_qat(spec, quantizer)
+    try:
+        return QATLinear.from_float(module, spec, quantizer)
+    except ValueError as error:
+        raise ValueError(f"{decision.name}: {error}") from None

@@ -1,0 +1,248 @@
+"""Ops for a LayerNorm between two linear layers without a pass of its own, for inference.
+
+``lowbit::linear_with_stats`` also returns the statistics of the rows it makes, and
+``lowbit::linear_normed`` applies the LayerNorm of its input to the product.
+
+Dimension key: M rows of the input, N output features, K input features, N_out N / 2 with ``glu``
+and N without; T tiles of ``STATS_WIDTH`` features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_kernels.cpu.linear import linear_cpu
+from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul.op import (
+    PACKED,
+    check_like,
+    check_weight,
+    flatten,
+    output_shape,
+    unflatten,
+)
+from lowbit_kernels.matmul.reference import (
+    InputNorm,
+    linear_normed_reference,
+    num_stats_tiles,
+    row_statistics,
+)
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+torch.library.define(
+    "lowbit::linear_with_stats",
+    f"(Tensor x, Tensor? bias, Tensor? residual, str? epilogue, {PACKED}) "
+    "-> (Tensor y, Tensor stats)",
+)
+torch.library.define(
+    "lowbit::linear_normed",
+    "(Tensor x, Tensor stats, Tensor weight_sum, float eps, Tensor? bias, Tensor? residual, "
+    f"str? epilogue, {PACKED}) -> Tensor",
+)
+
+
+def _empty_stats(x: Tensor, N: int) -> Tensor:
+    M = x.shape[:-1].numel()
+    return x.new_empty(num_stats_tiles(N), 2, M, dtype=torch.float32)
+
+
+@torch.library.register_fake("lowbit::linear_with_stats")
+def _fake_with_stats(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    N = packed[0].shape[0]
+    return x.new_empty(output_shape(x, N, epilogue)), _empty_stats(x, N)
+
+
+@torch.library.register_fake("lowbit::linear_normed")
+def _fake_normed(
+    x: Tensor,
+    stats: Tensor,
+    weight_sum: Tensor,
+    eps: float,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    *packed: Any,
+) -> Tensor:
+    return x.new_empty(output_shape(x, packed[0].shape[0], epilogue))
+
+
+@torch.library.impl("lowbit::linear_with_stats", "cpu")
+def _cpu_with_stats(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    y = linear_cpu(x, unflatten(*packed), bias, residual, epilogue)
+    return y, row_statistics(y.reshape(-1, y.shape[-1]))
+
+
+@torch.library.impl("lowbit::linear_normed", "cpu")
+def _cpu_normed(
+    x: Tensor,
+    stats: Tensor,
+    weight_sum: Tensor,
+    eps: float,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    *packed: Any,
+) -> Tensor:
+    weight = unflatten(*packed)
+    # rounded to 16 bits only once the mean is gone
+    sums = linear_cpu(x.reshape(-1, weight.K).float(), weight)
+    rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    norm = InputNorm(stats, weight_sum, weight.K, eps)
+    y = linear_normed_reference(sums, weight.scale, norm, bias, rows, epilogue).to(x.dtype)
+    out: Tensor = torch.ops.aten._unsafe_view(y, output_shape(x, weight.N, epilogue))
+    return out
+
+
+@torch.library.impl("lowbit::linear_with_stats", "cuda")
+def _cuda_with_stats(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    from lowbit_kernels.matmul.cuda import linear_folded_cuda
+
+    weight = unflatten(*packed)
+    stats = _empty_stats(x, weight.N)
+    with torch.cuda.device(x.device):
+        y = linear_folded_cuda(x, weight, bias, residual, epilogue, stats=stats)
+    return y, stats
+
+
+@torch.library.impl("lowbit::linear_normed", "cuda")
+def _cuda_normed(
+    x: Tensor,
+    stats: Tensor,
+    weight_sum: Tensor,
+    eps: float,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
+    *packed: Any,
+) -> Tensor:
+    from lowbit_kernels.matmul.cuda import linear_folded_cuda
+
+    weight = unflatten(*packed)
+    norm = InputNorm(stats.contiguous(), weight_sum.contiguous(), weight.K, eps)
+    with torch.cuda.device(x.device):
+        return linear_folded_cuda(x, weight, bias, residual, epilogue, norm=norm)
+
+
+def _check(
+    x: Tensor, weight: QuantizedWeight, epilogue: str | None, *others: Tensor | None
+) -> None:
+    """Refuse what is served with neither statistics nor a folded norm."""
+    check_weight(weight, epilogue)
+    if weight.spec.inputs is not None or not weight.spec.symmetric:
+        raise NotImplementedError(
+            "a LayerNorm is folded into symmetric weights with inputs=None (norm_quantize serves "
+            f"int8 inputs), got {weight.spec}"
+        )
+    if weight.spec.deterministic and x.device.type == "cpu":
+        raise NotImplementedError("deterministic=True is served on CUDA only, got x on a CPU")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be fp16 or bf16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != weight.K:
+        raise ValueError(f"x must be [..., K] with K = {weight.K}, got shape {list(x.shape)}")
+    if weight.qweight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.qweight.device}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        raise NotImplementedError(
+            "a folded LayerNorm has no gradient: call it under torch.no_grad(), or train with "
+            "low_bit_linear after nn.LayerNorm"
+        )
+
+
+def low_bit_linear_with_stats(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    epilogue: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``low_bit_linear``, and what a LayerNorm of the result needs to know of its rows.
+
+    Args:
+        x: [..., K], fp16 or bf16.
+        weight: [N, K], symmetric, its spec with ``inputs=None``.
+        bias: [N], like x.
+        epilogue: as in ``low_bit_linear``, but not ``"glu"``.
+        residual: [..., N], like x.
+
+    Returns:
+        y: [..., N], in the dtype of x.
+        stats: [T, 2, M] fp32, ``row_statistics`` of y as it is stored. They have no gradient.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or value, naming the argument.
+        NotImplementedError: for ``"glu"``, an asymmetric weight or quantized inputs; where a
+            gradient is asked for; for ``deterministic=True`` on a CPU.
+    """
+    _check(x, weight, epilogue, bias, residual)
+    if epilogue == "glu":
+        raise NotImplementedError("row statistics are served without epilogue 'glu', got 'glu'")
+    check_like("bias", bias, (weight.N,), x.dtype, x)
+    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
+    y: Tensor
+    y, stats = torch.ops.lowbit.linear_with_stats.default(
+        x, bias, residual, epilogue, *flatten(weight)
+    )
+    return y, stats
+
+
+def low_bit_linear_normed(
+    x: Tensor,
+    stats: Tensor,
+    weight: QuantizedWeight,
+    weight_sum: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    epilogue: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear layer of a LayerNorm of x, whose scale and shift are in the weight and the bias.
+
+    Equivalent to ``low_bit_linear(F.layer_norm(x, (K,), eps=eps), weight, bias, ...)``. As
+    ``(x - mean) @ W.T = x @ W.T - mean * W.sum(1)``, x is multiplied as it is, and what is summed
+    in fp32 is rounded once the mean is taken off.
+
+    The normalized input is never rounded, so that the result is as exact as that of two ops or
+    more, unless ``abs(mean) / deviation * abs(W.sum(1)) / norm(W)`` is large: the sums' own
+    rounding, about 1e-7 of it, then shows. On a CPU the error passed that of two fp16 ops at about
+    4000, and not yet at 30000 that of two bf16 ops. Weights without a preferred sign have a ratio
+    ``abs(W.sum(1)) / norm(W)`` near 1, those that are all equal one of ``sqrt(K)``.
+
+    Args:
+        x: [..., K], fp16 or bf16.
+        stats: [T, 2, M] fp32, ``row_statistics`` of x; ``low_bit_linear_with_stats`` gives them.
+        weight: [N, K], symmetric, its spec with ``inputs=None``: the rounded product of the layer's
+            weight and the norm's scale.
+        weight_sum: [N] int32, ``weight.integers().sum(1)``.
+        bias: [N], like x: the layer's own plus its float weight times the norm's shift.
+        eps: added to the variance.
+        epilogue: as in ``low_bit_linear``.
+        residual: [..., N_out], like x.
+
+    Returns:
+        [..., N_out], in the dtype of x. It has no gradient.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or value, naming the argument.
+        NotImplementedError: for an asymmetric weight or quantized inputs; where a gradient is asked
+            for; for ``deterministic=True`` on a CPU.
+    """
+    _check(x, weight, epilogue, bias, residual)
+    stats_shape = (num_stats_tiles(weight.K), 2, x.shape[:-1].numel())
+    check_like("stats", stats, stats_shape, torch.float32, x)
+    check_like("weight_sum", weight_sum, (weight.N,), torch.int32, x)
+    check_like("bias", bias, (weight.N,), x.dtype, x)
+    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
+    y: Tensor = torch.ops.lowbit.linear_normed.default(
+        x, stats, weight_sum, eps, bias, residual, epilogue, *flatten(weight)
+    )
+    return y

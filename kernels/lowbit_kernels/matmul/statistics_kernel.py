@@ -1,0 +1,49 @@
+"""Triton functions for LayerNorm across two matmuls: a row's statistics, found and put together.
+
+Dimension key: M rows, N features of the rows, T tiles of ``STATS_WIDTH`` features.
+
+A tile's statistics are its sum and the sum of its squared deviations from its own mean. They are
+merged without cancellation (Chan, Golub, LeVeque, 1983).
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+from lowbit_kernels.matmul.reference import STATS_WIDTH
+
+_WIDTH = tl.constexpr(STATS_WIDTH)
+
+
+@triton.jit
+def store_statistics(y, stats_ptr, start_n, offs_m, M, N):
+    # y [BLOCK_N, BLOCK_M] fp32, of the features from start_n on
+    BLOCK_N: tl.constexpr = y.shape[0]
+    BLOCK_M: tl.constexpr = y.shape[1]
+    TILES: tl.constexpr = BLOCK_N // _WIDTH
+    tile = tl.arange(0, TILES)
+    left = N - start_n - tile * _WIDTH
+    count = tl.minimum(tl.maximum(left, 1), _WIDTH).to(tl.float32)
+    inside = tl.arange(0, _WIDTH)[None, :, None] < left[:, None, None]
+    y = tl.where(inside, y.reshape(TILES, _WIDTH, BLOCK_M), 0.0)
+    total = tl.sum(y, 1)
+    centered = tl.where(inside, y - (total / count[:, None])[:, None, :], 0.0)
+    ptrs = stats_ptr + (start_n // _WIDTH + tile)[:, None] * (2 * M) + offs_m[None, :]
+    mask = (left > 0)[:, None] & (offs_m < M)[None, :]
+    tl.store(ptrs, total, mask=mask)
+    tl.store(ptrs + M, tl.sum(centered * centered, 1), mask=mask)
+
+
+@triton.jit
+def merge_statistics(stats_ptr, rows, M, N, EPS: tl.constexpr, TILES: tl.constexpr):
+    # mean and 1 / deviation of rows; TILES: T, rounded up to a power of two
+    tile = tl.arange(0, TILES)[:, None]
+    count = tl.minimum(tl.maximum(N - tile * _WIDTH, 0), _WIDTH).to(tl.float32)
+    ptrs = stats_ptr + tile * (2 * M) + rows[None, :]
+    mask = (count > 0.0) & (rows < M)[None, :]
+    total = tl.load(ptrs, mask=mask, other=0.0)
+    squares = tl.load(ptrs + M, mask=mask, other=0.0)
+    mean = tl.sum(total, 0) / N
+    shift = total / tl.maximum(count, 1.0) - mean[None, :]
+    variance = tl.sum(squares + count * shift * shift, 0) / N
+    return mean, tl.rsqrt(variance + EPS)
