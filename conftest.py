@@ -69,7 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             i for i in items if "gpu" in i.keywords or "device" in getattr(i, "fixturenames", ())
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in used])
-        items[:] = used
+        # what only a GPU can show comes first, should the time not last
+        items[:] = sorted(used, key=lambda item: "gpu" not in item.keywords)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")

@@ -4,7 +4,11 @@
 """
 
 import sys
+import time
 from pathlib import Path
+
+# before torch is imported: a run's minutes count from here
+STARTED = time.perf_counter()
 
 # what lies beside this folder is measured, installed or not
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))

@@ -92,9 +92,17 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
         if torch.cuda.is_available() and not options.small:
             compile_part(index, count, gpu_of(torch.device("cuda", 0)), "cuda", torch.bfloat16)
         return code
-    command = "python -m bench " + shlex.join(arguments)
+    command = "python -m bench " + shlex.join(without_results(arguments))
     kept = Options(options.results, options.threads, options.slow, options.small, options.resume)
     return run(cases, started + 60 * options.minutes, kept, command)
+
+
+def without_results(arguments: list[str]) -> list[str]:
+    """The arguments that change what is measured, not where it is written."""
+    at = next((i for i, word in enumerate(arguments) if word.startswith("--results")), None)
+    if at is None:
+        return arguments
+    return arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
 
 
 def tune(options: argparse.Namespace, started: float) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import Case, Row
+from bench.case import Case, Row
 from bench.record import ROOT
 
 _RESET_PEAK = "5"

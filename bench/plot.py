@@ -10,16 +10,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from bench.harness import Row
+from bench.case import Row
 from bench.record import Record
-from bench.report import without_time
+from bench.report import SHORT, frames_per_second, without_time
 
 # a color-blind safe palette (Okabe and Ito); ours stand out, the baseline recedes
 OURS = ("#D55E00", "#0072B2", "#009E73", "#000000")
 PEERS = ("#56B4E9", "#CC79A7", "#E69F00", "#F0E442")
 BASELINE = "#8A8F98"
-LEGEND_COLUMNS = 3
+LEGEND_COLUMNS, PANEL_COLUMNS = 3, 2
 INK, MUTED, FAINT = "#22262B", "#5B616A", "#D9DCE1"
 
 STYLE = {
@@ -49,7 +51,7 @@ def draw(record: Record, results: Path) -> Path | None:
     if record["layout"] == "values":
         return None
     with plt.rc_context(STYLE):
-        figure = _bars(record) if record["layout"] == "providers" else _dots(record)
+        figure = FIGURES[record["layout"]](record)
         path = results / record["device"]["slug"] / f"{record['case']}.png"
         figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
         plt.close(figure)
@@ -131,10 +133,13 @@ def _time_bars(axes: Axes, rows: list[Row], palette: dict[str, str], baseline: s
     )  # fmt: skip
     for y, (row, value, up) in enumerate(zip(rows, ms, high, strict=True)):
         note = "" if row["provider"] == baseline else f"   {row['ratio']['median']:.2f}x"
+        if "frames" in row:
+            note += f"   {frames_per_second(row)} frames/s"
         weight = "bold" if row["provider"].startswith("lowbit") else "normal"
         label = f"  {value:,.0f} ms{note}" if value >= 100 else f"  {value:.3g} ms{note}"
         axes.text(value + up, y, label, va="center", size=8, weight=weight)
-    axes.set_xlim(0, 1.3 * max(m + h for m, h in zip(ms, high, strict=True)))
+    room = 1.5 if any("frames" in row for row in rows) else 1.3
+    axes.set_xlim(0, room * max(m + h for m, h in zip(ms, high, strict=True)))
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row["provider"].startswith("lowbit") else "normal")
 
@@ -148,6 +153,76 @@ def _memory_bars(axes: Axes, rows: list[Row], palette: dict[str, str]) -> None:
         )
     axes.set_yticks([])
     axes.set_xlim(0, 1.3 * max([*mb, 1]))
+
+
+def _panels(record: Record) -> Figure:
+    """A panel a point: a bar a provider, the floor, and the time that each goal asks for."""
+    palette, rows = _bar_colors(record), _timed(record)
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    bars = max(sum(row["point"] == point for row in rows) for point in points)
+    lines, panel = -(-len(points) // PANEL_COLUMNS), 0.24 * bars
+    figure, panels = plt.subplots(
+        lines, PANEL_COLUMNS, figsize=(13, 1.2 + (panel + 0.55) * lines), squeeze=False,
+        gridspec_kw={"wspace": 0.5, "hspace": 0.55 / panel},
+    )  # fmt: skip
+    for axes, point in zip(panels.flat, points, strict=False):
+        _goal_bars(axes, [row for row in rows if row["point"] == point][::-1], palette)
+    for axes in panels.flat[len(points) :]:
+        axes.set_visible(False)
+    inches = figure.get_figheight()
+    figure.subplots_adjust(left=0, right=1, top=1 - 1.0 / inches, bottom=0.3 / inches)
+    figure.legend(
+        handles=_panel_legend(record), loc="upper right", bbox_to_anchor=(1, 1 - 0.3 / inches),
+        ncols=5, frameon=False, borderpad=0, handletextpad=0.5,
+    )  # fmt: skip
+    how = {row.get("mode", "wall") for row in rows}
+    label = f"microseconds a call ({', '.join(sorted(how))}); speed-up over {record['baseline']}"
+    figure.text(0, -0.12 / inches, f"{label}; ✓ goal reached, ✗ not", size=8, color=MUTED)
+    _title(figure, record, 1 - 0.3 / inches)
+    _footnote(figure, record, -0.25 / inches)
+    return figure
+
+
+def _goal_bars(axes: Axes, rows: list[Row], palette: dict[str, str]) -> None:
+    us = {row["provider"]: 1e6 * row["seconds"]["median"] for row in rows}
+    spread = [
+        [us[row["provider"]] - 1e6 * row["seconds"]["q1"] for row in rows],
+        [1e6 * row["seconds"]["q3"] - us[row["provider"]] for row in rows],
+    ]
+    axes.barh(
+        list(us), us.values(), height=0.7, color=[palette[name] for name in us],
+        xerr=spread, error_kw={"ecolor": INK, "elinewidth": 0.8},
+    )  # fmt: skip
+    for y, (row, up) in enumerate(zip(rows, spread[1], strict=True)):
+        name, goals = row["provider"], row.get("goals", [])
+        marks = "  ".join(SHORT[goal["reached"]] for goal in goals if goal["reached"])
+        value = us[name]
+        text = f"  {value:,.0f}" if value >= 100 else f"  {value:.3g}"
+        text += f"   {row['ratio']['median']:.2f}x {marks}"
+        weight = "bold" if name.startswith("lowbit") else "normal"
+        asked = [us[g["peer"]] / g["good"] for g in goals if g["peer"] in us]
+        axes.text(max([value + up, *asked]), y, text, va="center", size=7.5, weight=weight)
+        axes.plot(asked, [y] * len(asked), "d", color=INK, markersize=4.5, markerfacecolor="white")
+        if "floor_seconds" in row:
+            floor = 1e6 * row["floor_seconds"]
+            axes.plot([floor, floor], [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
+    axes.set_xlim(0, 1.4 * max(us.values()))
+    axes.set_title(f"{rows[0]['point']}   {rows[0]['origin']}", loc="left", size=9, weight="bold")
+    for tick in axes.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text().startswith("lowbit") else "normal")
+
+
+def _panel_legend(record: Record) -> list[Patch | Line2D]:
+    handles = [Patch(color=OURS[0], label="ours"), Patch(color=PEERS[0], label="peers")]
+    handles.append(Patch(color=BASELINE, label=record["baseline"]))
+    if any("floor_seconds" in row for row in record["results"]):
+        handles.append(Line2D([], [], color=INK, marker="|", linestyle="", label="its floor"))
+    if any("goals" in row for row in record["results"]):
+        handles.append(
+            Line2D([], [], color=INK, marker="d", linestyle="", markerfacecolor="white",
+                   label="time that a goal asks for")
+        )  # fmt: skip
+    return handles
 
 
 def _dots(record: Record) -> Figure:
@@ -198,3 +273,6 @@ def _log_ticks(axes: Axes, ratios: list[float]) -> None:
     axes.set_xticks(shown, [f"{tick:g}x" for tick in shown])
     axes.minorticks_off()
     axes.set_xlim(low, high)
+
+
+FIGURES = {"providers": _bars, "points": _dots, "goals": _panels}

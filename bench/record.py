@@ -1,6 +1,8 @@
 """What a result says about where it was measured, and where it is kept."""
 
 import datetime
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +21,8 @@ RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "transformers", "lowbit-kernels")
 # what is measured; results and README change without making a measurement stale
 MEASURED = ("kernels", "bench", ":!bench/results")
+SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
+UNMEASURED = {"static", "report.py", "plot.py", "goals.py", "sitting.py", "__main__.py"}
 
 # of the minute before we started: other work on the machine makes timings worthless
 LOAD_BEFORE = os.getloadavg()[0]
@@ -41,11 +45,13 @@ def _slug(text: str) -> str:
 
 
 def environment(device: str, threads: int, command: str) -> Record:
-    """Device, versions, commit, date and command, as every result carries them."""
+    """Device, versions, commit, code, date and command, as every result carries them."""
     return {
         "device": _device(device, threads),
+        **({"gpu_state": _gpu_state()} if device == "cuda" else {}),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "commit": commit(),
+        "code": code_digest(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
@@ -65,6 +71,16 @@ def _device(device: str, threads: int) -> Record:
         "backend": cpu_backend(),
         "load_average_before": round(LOAD_BEFORE, 2),
     }
+
+
+def _gpu_state() -> str | None:
+    """Driver, clocks, power and temperature as the driver says them: nothing is locked here."""
+    fields = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_name() -> str:
@@ -93,6 +109,21 @@ def commit() -> str:
     return f"{head}-dirty" if changed else head
 
 
+@functools.cache
+def code_digest() -> str:
+    """Of the measured sources, with git or without: results of another one are not continued.
+
+    ``BENCH_CODE`` overrides it, so that all processes of a sitting agree whatever is edited.
+    """
+    if code := os.environ.get("BENCH_CODE"):
+        return code
+    files = [p for name in ("kernels", "bench") for p in (ROOT / name).rglob("*")]
+    digest = hashlib.sha256()
+    for path in sorted(p for p in files if p.suffix in SOURCES and not UNMEASURED & {*p.parts}):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
@@ -104,8 +135,20 @@ def write(record: Record, results: Path = RESULTS) -> Path:
     """Write a result to ``<results>/<device>/<case>.json`` and return the path."""
     path = results / record["device"]["slug"] / f"{record['case']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    # renamed whole: it may be read, and the process may be killed, at any time
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(record, indent=1) + "\n")
+    scratch.replace(path)
     return path
+
+
+def read_done(case: str, about: Record, results: Path) -> Record | None:
+    """An earlier result of the same case, code and device."""
+    path = results / about["device"]["slug"] / f"{case}.json"
+    if not path.exists():
+        return None
+    record: Record = json.loads(path.read_text())
+    return record if record.get("code") == about["code"] else None
 
 
 def read_all(results: Path = RESULTS) -> list[Record]:

@@ -5,16 +5,19 @@ device; ``<!-- bench:CASE POINT -->`` those of one point. ``write_report`` rewri
 ``stale_blocks`` says which of them no JSON gives.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.harness import Row
+from bench.case import Row
 from bench.record import RESULTS, ROOT, Record, read_all
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- bench:(\w+)(?: ([^\n]+))? -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+# whether a goal was reached: and what we reach for, yes, no, not measured
+SHORT = {"moonshot": "✓✓", "good": "✓", "no": "✗", None: "-"}
 REQUIRED = ("commit", "device", "command", "date", "versions")
 
 
@@ -22,8 +25,12 @@ class ReportError(ValueError):
     """A table that cannot be made from the results there are."""
 
 
-def write_report(results: Path = RESULTS, readme: Path = README) -> list[Path]:
-    """Draw the plots and rewrite README's blocks in place.
+def write_report(results: Path = RESULTS, readme: Path | None = None) -> list[Path]:
+    """Draw the plots, write a page of each device with goals, and rewrite README's blocks in place.
+
+    Args:
+        results: folder of the JSON files, or of an unpacked sitting.
+        readme: None: README where ``results`` is where the committed results are, else nothing.
 
     Returns:
         The files written.
@@ -32,14 +39,24 @@ def write_report(results: Path = RESULTS, readme: Path = README) -> list[Path]:
         ReportError: if README asks for a case that has no result.
     """
     # needed for reports alone, and slow to import
+    from bench.goals import write_page
     from bench.plot import draw
 
     records = read_all(results)
     if not records:
         raise ReportError(f"no results under {results}: run python -m bench all")
+    written = [path for record in records if (path := draw(record, results)) is not None]
+    state = results / "sitting.json"
+    sitting = json.loads(state.read_text()) if state.exists() else {}
+    for slug in sorted({record["device"]["slug"] for record in records}):
+        mine = [record for record in records if record["device"]["slug"] == slug]
+        if any(record["layout"] == "goals" for record in mine):
+            written.append(write_page(results / slug, mine, sitting))
+    if readme is None and results.resolve() != RESULTS:
+        return written
+    readme = readme or README
     text = readme.read_text()
     fresh = BLOCK.sub(lambda m: m[1] + case_tables(m[2], records, results, m[3]) + m[5], text)
-    written = [path for record in records if (path := draw(record, results)) is not None]
     if fresh != text:
         # renamed whole, so that a kill leaves a README
         scratch = readme.with_suffix(".md.new")
@@ -96,7 +113,7 @@ def _table(record: Record) -> str:
     rows = LAYOUTS[record["layout"]](record)
     head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
     # names to the left, numbers to the right
-    names = 1 if record["layout"] == "values" else 2
+    names = {"values": 1, "goals": 3}.get(record["layout"], 2)
     rule = "| " + " | ".join(["---"] * names + ["---:"] * (len(rows[0]) - names)) + " |"
     return "\n".join([head, rule, *body, "", _caption(record), ""])
 
@@ -111,7 +128,9 @@ def _caption(record: Record) -> str:
     parts.append(f"{record['date'][:10]}")
     path = f"bench/results/{device['slug']}/{record['case']}.json"
     caption = f"{', '.join(parts)}: `{record['command']}` ([JSON]({path}))."
-    return " ".join([caption, *without_time(record)])
+    left = [f"Not run yet: {', '.join(record['left_out'])}."] if "left_out" in record else []
+    left += [f"No result at {name}: {why}." for name, why in record.get("broken", {}).items()]
+    return " ".join([caption, *without_time(record), *left])
 
 
 def without_time(record: Record) -> list[str]:
@@ -129,17 +148,24 @@ def without_time(record: Record) -> list[str]:
 def _providers(record: Record) -> list[list[str]]:
     """A row a provider and point; those that never ran are named in the caption."""
     timed = {row["provider"] for row in record["results"] if row["status"] == "ok"}
-    head = ["", "provider", "median (quartiles)", "speed-up", "peak memory", "weights"]
-    return [[*head, f"error against {record['baseline']}"]] + [
-        [row["point"], row["provider"], *_measured(row)]
+    counts_frames = any("frames" in row for row in record["results"])
+    head = ["", "provider", "median (quartiles)", *["frames/s"] * counts_frames, "speed-up"]
+    head += ["peak memory", "weights", f"error against {record['baseline']}"]
+    return [head] + [
+        [row["point"], row["provider"], *_measured(row, counts_frames)]
         for row in record["results"]
         if row["provider"] in timed
     ]
 
 
-def _measured(row: Row) -> list[str]:
+def frames_per_second(row: Row) -> str:
+    """Of a row that says how many frames a call makes."""
+    return f"{row['frames'] / row['seconds']['median']:,.0f}"
+
+
+def _measured(row: Row, counts_frames: bool) -> list[str]:
     if row["status"] != "ok":
-        return [f"{row['status']}: {row['reason']}", "", "", "", ""]
+        return [f"{row['status']}: {row['reason']}", *[""] * (4 + counts_frames)]
     weights = megabytes(row["weight_bytes"])
     if resident := row.get("resident_bytes"):
         weights += f" stored, {megabytes(resident)} in use"
@@ -147,6 +173,7 @@ def _measured(row: Row) -> list[str]:
     return [
         f"{milliseconds(row['seconds']['median'])} "
         f"({milliseconds(row['seconds']['q1'], '')} to {milliseconds(row['seconds']['q3'], '')})",
+        *([frames_per_second(row)] if counts_frames else []),
         f"{row['ratio']['median']:.2f}x",
         megabytes(row["peak_bytes"]) if "peak_bytes" in row else "",
         weights,
@@ -178,6 +205,8 @@ def _values(record: Record) -> list[list[str]]:
     rows = [["", "value", "goal"]]
     for row in record["results"]:
         goal = f"at most {_value(row['goal'], row['unit'])}" if "goal" in row else ""
+        if "moonshot" in row:
+            goal += f", reach for {_value(row['moonshot'], row['unit'])}"
         rows.append([row["name"], _value(row["value"], row["unit"]), goal])
     return rows
 
@@ -188,7 +217,40 @@ def _value(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
+def microseconds(seconds: float) -> str:
+    """Seconds as microseconds with three digits."""
+    us = 1e6 * seconds
+    return f"{us:,.0f}" if us >= 100 else f"{us:.3g}"
+
+
+def _goals(record: Record) -> list[list[str]]:
+    """A row a point and provider: every way it was timed, its floor, its goals."""
+    modes = list(dict.fromkeys(m for row in record["results"] for m in row.get("modes", {})))
+    head = ["shape", "provider", "backend", *(f"{mode}, us" for mode in modes or ["us"])]
+    rows = [[*head, "floor, us", "of the floor", f"speed-up over {record['baseline']}", "goals"]]
+    for row in record["results"]:
+        if row["status"] == "ok":
+            times = [row["modes"].get(mode) for mode in modes] if modes else [row["seconds"]]
+            cells = [row["point"], row["provider"], row.get("backend", "")]
+            cells += ["not captured" if t is None else microseconds(t["median"]) for t in times]
+            floor, share = row.get("floor_seconds"), row.get("roofline_share")
+            cells.append("" if floor is None else microseconds(floor))
+            cells.append("" if share is None else f"{100 * share:.0f} %")
+            cells.append(f"{row['ratio']['median']:.2f}x")
+            rows.append([*cells, "; ".join(map(_goal, row.get("goals", [])))])
+        elif row["status"] in ("wrong", "failed"):
+            blank = [""] * (len(modes or ["us"]) + 3)
+            rows.append([row["point"], row["provider"], "", *blank, f"{row['status']}"])
+    return rows
+
+
+def _goal(goal: Row) -> str:
+    ratio = "" if goal["ratio"] is None else f", is {goal['ratio']:.2f}x"
+    return f"{SHORT[goal['reached']]} {goal['good']:g}x {goal['against']}{ratio}"
+
+
 LAYOUTS: dict[str, Callable[[Record], list[list[str]]]] = {
+    "goals": _goals,
     "providers": _providers,
     "points": _points,
     "values": _values,

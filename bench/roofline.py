@@ -4,12 +4,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from bench.timing import Call, Timer, timer_for
 
-SIZE = 8192
-COPIED_BYTES = 2**31
+# of the matrices, and bytes of the copy; a CPU is only tried
+SIZE = {"cuda": 8192, "cpu": 256}
+COPIED_BYTES = {"cuda": 2**31, "cpu": 2**22}
 ROUNDS = 10
 
 
@@ -36,21 +36,19 @@ class Roofline:
 @functools.cache
 def measure_roofline(dtype: torch.dtype, device: str = "cuda") -> Roofline:
     """Measure a device, on random data: zeros are multiplied faster."""
-    timer = timer_for(device)
-    a, b = (torch.randn(SIZE, SIZE, device=device, dtype=dtype) for _ in range(2))
-    integers = _integers(device), _integers(device).t()
-    source = torch.zeros(COPIED_BYTES // 2, dtype=torch.int8, device=device)
+    timer, size, copied = timer_for(device), SIZE[device], COPIED_BYTES[device]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left, right = (
+        torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2)
+    )
+    source = torch.randint(-127, 128, (copied // 2,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    operations = 2 * SIZE**3
+    operations = 2 * size**3
     return Roofline(
         flop_per_s=operations / _best(timer, lambda: a @ b),
-        int8_op_per_s=operations / _best(timer, lambda: torch._int_mm(*integers)),
-        byte_per_s=COPIED_BYTES / _best(timer, lambda: target.copy_(source)),
+        int8_op_per_s=operations / _best(timer, lambda: torch._int_mm(left, right.t())),
+        byte_per_s=copied / _best(timer, lambda: target.copy_(source)),
     )
-
-
-def _integers(device: str) -> Tensor:
-    return torch.randint(-127, 128, (SIZE, SIZE), device=device, dtype=torch.int8)
 
 
 def _best(timer: Timer, call: Call) -> float:

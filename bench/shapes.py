@@ -7,7 +7,7 @@ input samples or frames, k taps, g groups; H heads, D head dimension. Ten second
 
 from collections.abc import Sequence
 
-from bench.harness import Point
+from bench.case import Point
 
 SAMPLE_RATE = 16_000
 SECONDS = 10
@@ -92,27 +92,6 @@ CONV1D = (
     *(p for p in _front_end("sew", SEW_FRONT_END)[1:] if p.name != "512x512 k2 s2 T999"),
     _conv(768, 768, FRAMES, 19, "data2vec: positional", groups=16),
     _conv(1024, 1024, 125, 9, "parakeet: depthwise", groups=1024),
-)
-
-_ENCODER_LAYERS = [
-    point for point in LINEAR
-    if point.origin.startswith(("base: ", "large")) and "projection" not in point.origin
-]  # fmt: skip
-# a GPU is fed several utterances at a time, or single frames of a stream
-_ROWS = (FRAMES, 16 * FRAMES, 1, 64, 3 * FRAMES, 16)
-
-
-def _linear_cuda(M: int, layer: Point) -> list[Point]:
-    K, N = layer.sizes["K"], layer.sizes["N"]
-    plain = _linear(M, K, N, layer.origin)
-    gelu = Point(f"{plain.name} GELU", plain.sizes | {"gelu": 1}, f"{layer.origin}, GELU")
-    if not layer.origin.endswith("feed-forward in"):
-        return [plain]
-    return [gelu, plain] if M == FRAMES else [gelu]
-
-
-LINEAR_CUDA = tuple(
-    point for M in _ROWS for layer in _ENCODER_LAYERS for point in _linear_cuda(M, layer)
 )
 
 BATCH = 16

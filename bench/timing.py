@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median, quantiles
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ MAX_ROUNDS = 200
 # several times the L2 cache of any GPU
 FLUSH_BYTES = 2**30
 WARM_SECONDS = 0.1
+LONG_SECONDS = 0.01
 
 
 class Timer(Protocol):
@@ -64,8 +66,28 @@ class CudaTimer:
         return sum(start.elapsed_time(end) for start, end in events) / 1000 / repeats
 
 
+class WarmCudaTimer:
+    """CUDA events around all calls together: what the host cannot launch in time counts too."""
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+
+
 def host_seconds(call: Call, repeats: int = 20) -> float:
-    """Mean seconds for which one call keeps the host busy, while the device works on its own."""
+    """Mean seconds for which one call keeps the host busy, while the device works on its own.
+
+    A first call says whether so many are worth their time.
+    """
+    torch.cuda.synchronize()
+    if CpuTimer().seconds(call, 1) > LONG_SECONDS:
+        repeats = 1
     torch.cuda.synchronize()
     seconds = CpuTimer().seconds(call, repeats)
     torch.cuda.synchronize()
@@ -92,26 +114,73 @@ class Spread:
         return Spread(median(samples), q1, q3, len(samples))
 
 
-def time_side_by_side(
-    calls: Mapping[str, Call], timer: Timer, end: float
-) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Sampler:
+    """One way to time one provider: ``call`` stands for ``calls`` calls of it."""
+
+    timer: Timer
+    call: Call
+    calls: int = 1
+
+    def seconds(self, repeats: int) -> float:
+        """Mean seconds of one call of the provider."""
+        return self.timer.seconds(self.call, repeats) / self.calls
+
+
+def capture(calls: list[Call]) -> Call:
+    """A CUDA graph of the calls, one after the other; they have run before.
+
+    Raises:
+        RuntimeError: if one of them cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def sampler(mode: str, calls: list[Call], timer: Timer) -> Sampler:
+    """How to time calls that do the same to different data.
+
+    Args:
+        mode: ``"graph"``: a CUDA graph of all of them is replayed; ``"eager"``: each is launched;
+            ``"flushed"``: each by itself, after the L2 cache was filled with something else;
+            ``"warm"``: a graph of the first alone, whose data the L2 cache may hold;
+            ``"wall"``: on a CPU.
+        calls: one for each set of inputs and weights; they are cycled through.
+        timer: ``timer_for`` the device.
+
+    Raises:
+        RuntimeError: if the calls cannot be captured.
+    """
+    if mode in ("graph", "warm"):
+        recorded = calls if mode == "graph" else calls[:1] * len(calls)
+        return Sampler(WarmCudaTimer(), capture(recorded), len(calls))
+    if mode == "eager":
+        return Sampler(WarmCudaTimer(), lambda: [call() for call in calls], len(calls))
+    turns = cycle(calls)
+    return Sampler(timer, lambda: next(turns)())
+
+
+def time_side_by_side(samplers: Mapping[str, Sampler], end: float) -> dict[str, list[float]]:
     """Sample every call once a round, each round starting with the next one.
 
     Args:
-        calls: name to call, each warmed up once here.
-        timer: of the device.
+        samplers: by name; each is warmed up here.
         end: when to stop, by ``time.perf_counter``; ``MIN_ROUNDS`` rounds are run in any case.
 
     Returns:
         Name to seconds a call, one sample a round; sample i of every name is of the same round.
     """
-    names = list(calls)
+    names = list(samplers)
     repeats = {}
     for name in names:
-        timer.seconds(calls[name], 1)  # the first call packs weights and compiles kernels
+        samplers[name].seconds(1)  # the first call packs weights and compiles kernels
         # with what the timer itself takes
         started = time.perf_counter()
-        timer.seconds(calls[name], 1)
+        samplers[name].seconds(1)
         once = time.perf_counter() - started
         repeats[name] = max(1, int(SAMPLE_SECONDS / max(once, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -120,5 +189,5 @@ def time_side_by_side(
             break
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(timer.seconds(calls[name], repeats[name]))
+            samples[name].append(samplers[name].seconds(repeats[name]))
     return samples

@@ -2,7 +2,8 @@
 
 import torch
 
-from bench.harness import Case, Cost, Point, Prepared, Provider, run_case
+from bench.case import Case, Cost, Point, Prepared, Provider
+from bench.harness import run_case
 
 POINT = Point("3x4", {"M": 3, "K": 4}, "a toy")
 LINEAR_POINT = Point("5x96x40", {"M": 5, "K": 96, "N": 40}, "small")

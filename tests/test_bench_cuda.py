@@ -30,7 +30,10 @@ from tests.bench_cases import (
 )
 
 # the ladder's backends are those of a GPU alone: test_bench_tune.py
-LINEAR_CASES = [c for c in ON_CUDA if c.name.startswith("linear") and c.name != "linear_ladder"]
+LINEAR_CASES = [
+    replace(case, sets=2) for case in ON_CUDA
+    if case.name.startswith("linear") and case.name != "linear_ladder"
+]  # fmt: skip
 # which product int8 and fp8 have of 17 rows and more
 PEER_POINT = Point("peers", {"M": 32, "K": 64, "N": 96, "gelu": 1}, "small")
 ATTENTION_POINTS = [
@@ -116,6 +119,17 @@ def test_every_provider_of_the_training_case_is_right(point):
     assert trained["lowbit w4 QAT"] > trained["bf16 training"]
 
 
+def test_lora_needs_no_package(monkeypatch):
+    pytest.importorskip("peft")
+    case = replace(TRAINING_CUDA, device="cpu", dtype=torch.float32, points=TRAINING_CUDA.small[:1])
+    with_peft = rows_of(case)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    without = rows_of(case)
+    assert {row["status"] for row in without.values()} == {"ok"}, problems(without)
+    for name, row in without.items():
+        assert row["trained"] == with_peft[name]["trained"]
+
+
 def _call_the_model(graphed, audio, attention_mask=None):
     [(batch, samples)] = graphed._captured
     assert audio.shape == (batch, samples)
@@ -199,7 +213,7 @@ def test_a_case_without_a_result_does_not_stop_the_others(monkeypatch, tmp_path,
     right = replace(toy_case(), name="right")
     wrong = replace(right, name="wrong", make_inputs=lambda *_: torch.ones(2) @ torch.ones(3))
     monkeypatch.setattr(command, "CASES", {"wrong": wrong, "right": right})
-    assert command.main(["all", "--minutes", "0.001", "--results", str(tmp_path)]) == 1
+    assert command.main(["all", "--minutes", "0.1", "--results", str(tmp_path)]) == 1
     assert "wrong gave no result: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("*/*.json")] == ["right.json"]
 

@@ -48,7 +48,7 @@ def test_linear(spec):
     run_linear(spec, "gelu")
 
 
-@pytest.mark.parametrize("inputs", [None, "int8"])
+@pytest.mark.parametrize("inputs", [None, "int8", "fp8"])
 @pytest.mark.parametrize("M", [7, 70])
 def test_linear_with_glu(M, inputs):
     run_linear(QuantSpec(4, inputs=inputs), "glu", M)

@@ -278,7 +278,7 @@ def error_cases():
     odd = quantize_weight(torch.randn(7, 70), QuantSpec(4))
     x, bias = torch.randn(2, 70), torch.randn(6)
     static = QuantSpec(4, inputs="int8", input_scale="static")
-    fp8 = quantize_weight(torch.randn(6, 70), QuantSpec(4, inputs="fp8"))
+    int4 = quantize_weight(torch.randn(6, 70), QuantSpec(4, inputs="int4"))
     depthwise = empty_depthwise_weight(6, 3, QuantSpec(8))
     wide = quantize_weight(torch.randn(1, 140_000), QuantSpec(4, inputs="int8"))
     return {
@@ -288,7 +288,11 @@ def error_cases():
             "weight must be a QuantizedWeight, got Tensor",
         ),
         "depthwise": ((x, depthwise), {}, r"weight must be packed \[N, K\], got a depthwise"),
-        "inputs": ((x, fp8), {}, r"inputs must be one of \(None, 'int8'\) so far, got 'fp8'"),
+        "inputs": (
+            (x, int4),
+            {},
+            r"inputs must be one of \(None, 'int8', 'fp8'\) so far, got 'int4'",
+        ),
         "static": (
             (x, quantize_weight(torch.randn(6, 70), static)),
             {},

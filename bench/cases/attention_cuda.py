@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.case import Case, Cost, Point, Prepared, Provider, Result
 from bench.errors import float_error
-from bench.harness import Case, Cost, Point, Prepared, Provider, Result
 from bench.shapes import ATTENTION_CUDA as POINTS
 from lowbit_kernels import DenseBias, flash_attention
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from bench.case import Row, ValueCase
 from bench.cases.encoder_cpu import float32_model
-from bench.harness import Row, ValueCase
 from lowbit_kernels import QuantConfig, quantize, save_quantized
 
 GOAL = 0.16

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bench.case import Case, Cost, Point, Prepared, Provider
 from bench.errors import float_error, int8_input_error
-from bench.harness import Case, Cost, Point, Prepared, Provider
 from bench.shapes import CONV1D, frames_out
 from lowbit_kernels import QConv1d, QuantSpec
 

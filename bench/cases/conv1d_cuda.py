@@ -2,8 +2,8 @@
 
 import torch
 
+from bench.case import Case, Provider
 from bench.cases.conv1d_cpu import cost, make_inputs, ours, unquantized
-from bench.harness import Case, Provider
 from bench.shapes import CONV1D_CUDA as POINTS
 
 CONV1D_CUDA = Case(

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Case, Cost, Point, Prepared, Provider, Row
+from bench.case import Case, Cost, Point, Prepared, Provider, Row
 from bench.memory import peak_memory
 from bench.peers import (
     ONNXRUNTIME,

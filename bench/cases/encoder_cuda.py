@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bench.case import Case, Point, Prepared, Provider, Row
 from bench.cases.encoder_cpu import (
     FLOAT_ERROR,
     INT8_ERROR,
@@ -20,7 +21,6 @@ from bench.cases.encoder_cpu import (
     stored_bytes,
     with_stored_weights,
 )
-from bench.harness import Case, Point, Prepared, Provider, Row
 from bench.shapes import SAMPLE_RATE, SECONDS
 from lowbit_kernels import QuantConfig, capture_graphs
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from bench.harness import Row, ValueCase
+from bench.case import Row, ValueCase
 from bench.record import ROOT
 from bench.timing import Spread
 

@@ -1,6 +1,6 @@
 """One linear layer at every shape of the encoders, against float32 and PyTorch's dynamic int8.
 
-What it shares with ``linear_cuda`` serves any device and dtype.
+What it shares with the cases of a GPU serves any device and dtype.
 
 Dimension key: M rows, K input features, N output features.
 """
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.case import Case, Cost, Point, Prepared, Provider
 from bench.errors import float_error, int8_input_error
-from bench.harness import Case, Cost, Point, Prepared, Provider
 from bench.peers import dynamic_int8
 from bench.shapes import LINEAR
 from lowbit_kernels import QLinear, QuantSpec
@@ -41,12 +41,12 @@ class Inputs:
         return F.gelu(y) if self.gelu else y
 
 
-def make_inputs(point: Point, device: str, dtype: torch.dtype) -> Inputs:
+def make_inputs(point: Point, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Gaussian rows, and the layer as ``nn.Linear`` initializes it."""
-    torch.manual_seed(0)
-    linear = nn.Linear(point.sizes["K"], point.sizes["N"]).requires_grad_(False)
+    torch.manual_seed(seed)
+    linear = nn.Linear(point.sizes["K"], point.sizes["N"], device=device).requires_grad_(False)
     x = torch.randn(point.sizes["M"], point.sizes["K"], device=device, dtype=dtype)
-    return Inputs(linear.to(device, dtype), x, "gelu" in point.sizes)
+    return Inputs(linear.to(dtype), x, "gelu" in point.sizes)
 
 
 def cost(point: Point, itemsize: int) -> Cost:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.case import Case, Cost, Point, Prepared, Provider, Result
 from bench.errors import float_error
-from bench.harness import Case, Cost, Point, Prepared, Provider, Result
 from bench.shapes import NORM_CUDA as POINTS
 from lowbit_kernels.norm import masked_group_norm, norm_quantize
 

@@ -51,7 +51,8 @@ class AotCase:
         aligned: arguments divisible by 16; without it a load is not split into 16-byte copies.
         options: ``num_warps``, ``num_stages`` and the like.
         expect: the matrix instruction: ``"mma"`` (``wgmma`` on sm_90), ``"mma_sync"`` (tiles too
-            small for ``wgmma``), the same with ``_s8`` for int8 operands, or None for none.
+            small for ``wgmma``), the same with ``_s8`` for int8 operands and ``_e4m3`` for fp8
+            ones, or None for none.
         async_loads: whether asynchronous copies of 16 bytes are expected (NVIDIA only).
         targets: names out of ``GPUS``; None for all.
         problem: what it is launched for, where that is one shape.
@@ -193,6 +194,8 @@ def _matrix_instruction(assembly: str) -> str | None:
 def _expected_instruction(expect: str, target: str) -> str:
     """Pattern of the matrix instruction that ``expect`` means on ``target``."""
     int8 = expect.endswith("_s8")
+    if expect.endswith("_e4m3"):
+        return r"wgmma.*\.e4m3\.e4m3" if target == "sm_90" else r"kind::f8f6f4|\.e4m3\.e4m3"
     if target == "gfx942":
         return r"v_mfma_i32" if int8 else r"v_mfma_f32"
     if target == "sm_90" and not expect.startswith("mma_sync"):

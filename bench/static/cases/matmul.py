@@ -110,6 +110,11 @@ def dispatch_gpu(target: str) -> Gpu:
     return Gpu(gpu.name, (major, minor), gpu.num_sms, shared, is_hip=target == "gfx942")
 
 
+# inputs quantized before the product, and their pointers
+BYTE_INPUTS = {"int8": "*i8", "fp8": "*fp8e4nv"}
+FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
+
+
 def linear_case(
     target: str,
     M: int,
@@ -125,9 +130,12 @@ def linear_case(
 ) -> AotCase:
     """The kernel for a shape, with the tiles, and the split of the sum, that dispatch gives it."""
     int8, group_size = x == "int8", 64 if bits in (2, 4) else 0
-    gpu, x_bytes = dispatch_gpu(target), 1 if x == "int8" else 2
+    is_byte = x in BYTE_INPUTS
+    gpu, x_bytes = dispatch_gpu(target), 1 if is_byte else 2
     config, pairs = choose_config(M, N, K, bits, x_bytes, gpu), byte_pairs(gpu)
     split = config.splits > 1
+    # another kernel adds the parts, and does what follows
+    normed, stats = normed and not split, stats and not split
     fused = None if split else "*bf16"
     is_even = K % (weights_per_block(bits, x_bytes, pairs) * config.unroll) == 0
     return make_case(
@@ -136,9 +144,9 @@ def linear_case(
         + ("_split" if split else f"_{epilogue}") + "_normed" * normed + "_stats" * stats,
         linear_kernel,
         {
-            "x_ptr": "*i8" if int8 else f"*{x}",
+            "x_ptr": BYTE_INPUTS.get(x, f"*{x}"),
             **weight_pointers(group_size, asymmetric),
-            "x_scale_ptr": "*fp32" if int8 else None,
+            "x_scale_ptr": "*fp32" if is_byte else None,
             "x_stats_ptr": "*fp32" if normed else None,
             "weight_sum_ptr": "*i32" if normed else None,
             "bias_ptr": fused,
@@ -167,7 +175,7 @@ def linear_case(
             "UNROLL": config.unroll,
         },
         options=config.options,
-        expect="mma_s8" if int8 else "mma",
+        expect={"int8": "mma_s8", "fp8": "mma_e4m3"}.get(x, "mma"),
         # 16 rows are too few for every thread to copy 16 bytes
         async_loads=config.block_m > 16,
         targets=(target,),
@@ -255,13 +263,14 @@ def elementwise_cases() -> Iterator[AotCase]:
         integers("M N K N_out num_parts stride_rm"),
         {"EPILOGUE": None, "EPS": 1e-5, "STATS_TILES": 16, "BLOCK": 1024},
     )
-    for has_scale in (False, True):
+    for has_scale, q in ((False, "int8"), (True, "int8"), (False, "fp8"), (True, "fp8")):
         yield make_case(
-            f"quantize_rows_{'given' if has_scale else 'own'}_scale",
+            f"quantize_rows_{'given' if has_scale else 'own'}_scale" + "_fp8" * (q == "fp8"),
             quantize_kernel,
-            {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32"},
+            {"x_ptr": "*bf16", "q_ptr": BYTE_INPUTS[q], "scale_ptr": "*fp32"},
             integers("K T stride_xb stride_xt stride_qm"),
-            {"HAS_SCALE": has_scale, "BLOCK": 1024},
+            {"HAS_SCALE": has_scale, "BLOCK": 1024, "INTERPRETED": False},
+            targets=None if q == "int8" else FP8_TARGETS,
         )
 
 
@@ -284,6 +293,14 @@ def linear_cases(target: str) -> Iterator[AotCase]:
         # of fc1 in a pre-norm block, and of fc2
         yield linear_case(target, M, bits, N=N, normed=True)
         yield linear_case(target, M, bits, N=N, epilogue=None, stats=True)
+    if target in FP8_TARGETS:
+        for M in (64, 499, 16000):
+            yield linear_case(target, M, 4, "fp8", N=4096)
+        for bits in (1, 2, 8):
+            yield linear_case(target, 2000, bits, "fp8", N=4096)
+        yield linear_case(target, 1, 8, "fp8")
+        yield linear_case(target, 2000, 4, "fp8", N=4096, epilogue="glu")
+        yield linear_case(target, 2000, 4, "fp8", N=324, K=324)
     yield linear_case(target, 499, 4, "fp16")
     yield linear_case(target, 2000, 4, "fp16", N=4096)
     yield linear_case(target, 2000, 4, asymmetric=True)

@@ -40,7 +40,7 @@ def quantize(
         config: which layer gets what; a bare ``QuantSpec`` is the default of a config; ``None``
             means ``QuantConfig.small()``.
         calibration: clips, each the model's first argument (a 1-D waveform becomes a batch of one)
-            or a mapping of keyword arguments. Given, the int8 inputs get static scales.
+            or a mapping of keyword arguments. Given, quantized inputs get static scales.
         method: ``"rtn"``, ``"search"`` or ``"hqq"``, see ``formats.quantize_weight``.
         deterministic: give every layer a ``deterministic`` spec: inference on one machine gives an
             utterance the same bits whatever else is in the batch. The promise covers the quantized

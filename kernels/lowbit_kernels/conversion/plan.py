@@ -10,6 +10,7 @@ from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import QuantConfig, QuantSpec
 from lowbit_kernels.formats.config import DEFAULT_SKIP
 from lowbit_kernels.modules import QuantizedModule, check_spec
+from lowbit_kernels.modules.conv1d import CONV1D_INPUTS
 
 # their children are read by weight, not called
 _WEIGHT_READERS = (nn.MultiheadAttention,)
@@ -105,6 +106,8 @@ def _decide(
     if _weight_id(module) in shared:
         return None, "its weight is shared with another module"
     if isinstance(module, nn.Conv1d):
+        if spec.inputs not in CONV1D_INPUTS:
+            return None, f"convolutions take no {spec.inputs} inputs"
         if module.padding_mode != "zeros":
             return None, f"padding_mode {module.padding_mode!r}"
         if module.in_channels == 1 and rule == "default":

@@ -20,8 +20,9 @@ class QuantSpec:
             (one scale a channel), ``"tensor"`` (one scale), or ``"auto"``, which becomes 64
             for 4 and 2 bits and ``None`` for 8 and 1. 8 bits take ``None`` or ``"tensor"``.
         symmetric: levels around zero. Asymmetric weights: 2 and 4 bits with ``inputs=None``.
-        inputs: ``None`` (16-bit or float arithmetic), ``"int8"``, ``"fp8"``, ``"int4"``, ``"int2"``
-            or ``"int1"``: how the layer's input is quantized, signed and symmetric.
+        inputs: ``None`` (16-bit or float arithmetic), ``"int8"``, ``"fp8"`` (e4m3, linear layers
+            only), ``"int4"``, ``"int2"`` or ``"int1"``: how the layer's input is quantized, signed
+            and symmetric.
         input_scale: ``"token"`` (a scale a row; a convolution, whose taps cross rows, uses one an
             utterance), ``"utterance"``, or ``"static"`` (from calibration clips).
         deterministic: the layer's result for an utterance has the same bits whatever else is in

@@ -29,7 +29,7 @@ class QuantizedWeight:
         zero_point: [N, ceil(K / G)] fp16, asymmetric weights only.
         K: length of the reduction.
         spec: the spec it was made with.
-        input_scale: [] fp32, the static scale of the layer's int8 input; only with
+        input_scale: [] fp32, the static scale of the layer's quantized input; only with
             ``spec.input_scale == "static"``.
     """
 

@@ -191,7 +191,7 @@ def _linear_kernel(
                     x = tl.load(x_ptrs + start)
                 else:
                     # the weight's padding decodes to anything, so x must be 0 there
-                    x = tl.load(x_ptrs + start, mask=(start + offs_k < K)[:, None], other=0)
+                    x = tl.load(x_ptrs + start, mask=(start + offs_k < K)[:, None], other=0.0)
                 if BITS == 8:
                     q = _load_bytes(q_ptrs, start, offs_j, stride_qn, EVEN_K)
                 w = _decode(
@@ -309,7 +309,7 @@ def linear_triton(
     """Launch the kernel. The caller has checked the inputs.
 
     Args:
-        x_btk: [B, T, K], fp16, bf16, or int8 or fp8 with ``x_scale``. Its last stride is 1, the others
+        x_btk: [B, T, K], fp16, bf16, or int8 or fp8 with ``x_scale``. Its last stride is 1, others
             are any: rows may overlap, as those of a strided convolution's ``as_strided`` view do.
         weight: [N, K].
         bias: [N].

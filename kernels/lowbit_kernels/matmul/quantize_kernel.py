@@ -47,13 +47,17 @@ def round_to_int8(x, inverse, CLAMP: tl.constexpr):
 def to_fp8(x, INTERPRETED: tl.constexpr):
     # x in [-448, 448] or NaN as e4m3, rounded half to even
     if INTERPRETED:
-        # the interpreter's cast drops a carry into the exponent: give it what needs no rounding.
-        # unit leaves no bits below those of the three after the leading one, or below 2 ** -9
+        # the interpreter's cast drops carries into the exponent, and NaN: it gets what needs no
+        # rounding. unit leaves no bits below the three after the leading one, or below 2 ** -9
         x = x.to(tl.float32)
         exponent = tl.maximum(x.to(tl.int32, bitcast=True) >> 23 & 255, 121)
         unit = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, x + unit - unit, x)
-    return x.to(tl.float8e4nv)
+        rounded = tl.where(x == x, x + unit - unit, 0.0).to(tl.float8e4nv)
+        code = tl.where(x == x, rounded.to(tl.uint8, bitcast=True), 0x7F).to(tl.uint8)
+        y = code.to(tl.float8e4nv, bitcast=True)
+    else:
+        y = x.to(tl.float8e4nv)
+    return y
 
 
 @triton.jit(do_not_specialize=["T"])

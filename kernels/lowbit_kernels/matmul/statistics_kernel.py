@@ -37,13 +37,15 @@ def store_statistics(y, stats_ptr, start_n, offs_m, M, N):
 @triton.jit
 def merge_statistics(stats_ptr, rows, M, N, EPS: tl.constexpr, TILES: tl.constexpr):
     # mean and 1 / deviation of rows; TILES: T, rounded up to a power of two
-    tile = tl.arange(0, TILES)[:, None]
-    count = tl.minimum(tl.maximum(N - tile * _WIDTH, 0), _WIDTH).to(tl.float32)
+    tile, num_tiles = tl.arange(0, TILES)[:, None], tl.cdiv(N, _WIDTH)
+    is_last, last = tile == num_tiles - 1, (N - (num_tiles - 1) * _WIDTH).to(tl.float32)
     ptrs = stats_ptr + tile * (2 * M) + rows[None, :]
-    mask = (count > 0.0) & (rows < M)[None, :]
+    mask = (tile < num_tiles) & (rows < M)[None, :]
     total = tl.load(ptrs, mask=mask, other=0.0)
     squares = tl.load(ptrs + M, mask=mask, other=0.0)
     mean = tl.sum(total, 0) / N
-    shift = total / tl.maximum(count, 1.0) - mean[None, :]
+    # only the last count needs a division
+    shift = total * tl.where(is_last, 1.0 / last, 1.0 / _WIDTH) - mean[None, :]
+    count = tl.where(tile < num_tiles, tl.where(is_last, last, 1.0 * _WIDTH), 0.0)
     variance = tl.sum(squares + count * shift * shift, 0) / N
     return mean, tl.rsqrt(variance + EPS)

@@ -22,11 +22,13 @@ _DATA = vars(torch._C.TensorBase)["data"]
 _GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 
 
-SERVED_INPUTS = (None, "int8")
+SERVED_INPUTS = (None, "int8", "fp8")
 
 
-def check_spec(name: str, spec: QuantSpec) -> QuantSpec:
-    """A spec that layers compute with.
+def check_spec(
+    name: str, spec: QuantSpec, served: tuple[str | None, ...] = SERVED_INPUTS
+) -> QuantSpec:
+    """A spec that layers, by default linear ones, compute with.
 
     Raises:
         ValueError: if it is no ``QuantSpec``; ``name`` is the argument's.
@@ -34,9 +36,9 @@ def check_spec(name: str, spec: QuantSpec) -> QuantSpec:
     """
     if not isinstance(spec, QuantSpec):
         raise ValueError(f"{name} must be a QuantSpec, got {spec!r}")
-    if spec.inputs not in SERVED_INPUTS:
+    if spec.inputs not in served:
         raise NotImplementedError(
-            f"inputs must be one of {SERVED_INPUTS} in this version, got {spec.inputs!r}"
+            f"inputs must be one of {served} in this version, got {spec.inputs!r}"
         )
     return spec
 

@@ -17,6 +17,7 @@ from lowbit_kernels.formats import (
 from lowbit_kernels.matmul import low_bit_linear
 from lowbit_kernels.modules.base import QuantizedModule, check_spec
 
+CONV1D_INPUTS = (None, "int8")
 _ATTRIBUTES = (
     "in_channels",
     "out_channels",
@@ -70,7 +71,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         self.register_parameter("bias", conv._parameters["bias"])
 
     def _init(self, conv: nn.Conv1d, spec: QuantSpec) -> None:
-        check_spec("spec", spec)
+        check_spec("spec", spec, CONV1D_INPUTS)
         if conv.padding_mode != "zeros":
             raise NotImplementedError(
                 f"padding_mode must be 'zeros' for a QConv1d, got {conv.padding_mode!r}"
