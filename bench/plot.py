@@ -206,7 +206,8 @@ def _goal_bars(axes: Axes, rows: list[Row], palette: dict[str, str]) -> None:
         if "floor_seconds" in row:
             floor = 1e6 * row["floor_seconds"]
             axes.plot([floor, floor], [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
-    axes.set_xlim(0, 1.4 * max(us.values()))
+    ends = [value + up for value, up in zip(us.values(), spread[1], strict=True)]
+    axes.set_xlim(0, 1.4 * max(ends))
     axes.set_title(f"{rows[0]['point']}   {rows[0]['origin']}", loc="left", size=9, weight="bold")
     for tick in axes.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text().startswith("lowbit") else "normal")

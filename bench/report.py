@@ -226,7 +226,7 @@ def microseconds(seconds: float) -> str:
 def _goals(record: Record) -> list[list[str]]:
     """A row a point and provider: every way it was timed, its floor, its goals."""
     modes = list(dict.fromkeys(m for row in record["results"] for m in row.get("modes", {})))
-    head = ["shape", "provider", "backend", *(f"{mode}, us" for mode in modes or ["us"])]
+    head = ["shape", "provider", "backend", *([f"{mode}, us" for mode in modes] or ["time, us"])]
     rows = [[*head, "floor, us", "of the floor", f"speed-up over {record['baseline']}", "goals"]]
     for row in record["results"]:
         if row["status"] == "ok":
