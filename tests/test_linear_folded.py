@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowbit_kernels.formats import QuantSpec, quantize_weight
-from lowbit_kernels.matmul import (
-    cuda as cuda_linear,
-)
+from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul import (
     linear_reference,
-    low_bit_linear,
     low_bit_linear_normed,
     low_bit_linear_with_stats,
     row_statistics,
@@ -168,20 +165,15 @@ def producer_and_consumer(device, dtype=torch.float16, spec=W4, M=6, N=150, hidd
 @specs
 def test_ops_in_a_row(spec, dtype, device):
     (x, weight, bias, residual), (after, after_bias) = producer_and_consumer(device, dtype, spec)
-    if device == "cuda" or dtype == torch.float16:
-        h, stats = low_bit_linear_with_stats(
-            x.transpose(0, 1).contiguous().transpose(0, 1), weight, bias, residual=residual
-        )
-        assert torch.equal(h, low_bit_linear(x, weight, bias, residual=residual))
-        check_statistics(stats, h.flatten(0, 1))
-    else:
-        h = low_bit_linear(x, weight, bias, residual=residual)
-        stats = row_statistics(h.flatten(0, 1))
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    h, stats = low_bit_linear_with_stats(strided, weight, bias, residual=residual)
+    rows = h.flatten(0, 1)
+    check(rows, x.flatten(0, 1), weight, bias, residual.flatten(0, 1), None)
+    check_statistics(stats, rows)
     y = low_bit_linear_normed(
         h, stats, after, weight_sum(after), after_bias, epilogue="gelu", residual=x
     )
-    rows = (h.flatten(0, 1), after, after_bias, x.flatten(0, 1), "gelu")
-    check_normed(y.flatten(0, 1), *rows)
+    check_normed(y.flatten(0, 1), rows, after, after_bias, x.flatten(0, 1), "gelu")
 
 
 @pytest.fixture
@@ -255,6 +247,18 @@ def test_wrong_arguments_are_named(device):
             low_bit_linear_normed(**(good | change))
     with pytest.raises(NotImplementedError, match="without epilogue 'glu'"):
         low_bit_linear_with_stats(x, weight, bias, epilogue="glu")
+
+
+def test_flops_are_counted(device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import lowbit_kernels.matmul.flops  # noqa: F401
+
+    (x, weight, bias, residual), (after, after_bias) = producer_and_consumer(device)
+    with FlopCounterMode(display=False) as counter:
+        h, stats = low_bit_linear_with_stats(x, weight, bias, residual=residual)
+        low_bit_linear_normed(h, stats, after, weight_sum(after), after_bias)
+    assert counter.get_total_flops() == 2 * (2 * 6 * 150 * 70)
 
 
 class Block(nn.Module):

@@ -280,6 +280,12 @@ def test_gpus_with_e4m3_operands_are_served():
             choose(gpu)
 
 
+def test_sums_of_one_bit_fit_in_tensor_memory():
+    gpu = Gpu("a B200", (10, 0), 148, 227 * 1024)
+    for itemsize in (1, 2):
+        assert choose_config(2000, 4096, 1024, 1, itemsize, gpu).block_m == 64
+
+
 def test_what_is_not_served_is_named():
     x, weight, *_ = make_inputs(2, 6, 70, replace(W4, deterministic=True), torch.float32, "cpu")
     with pytest.raises(NotImplementedError, match="None and 'relu' on a CPU, got 'gelu'"):

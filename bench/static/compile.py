@@ -14,6 +14,10 @@ from bench.static.gpus import GPUS, occupancy
 from bench.static.sass import analyze
 
 # 5 are promised; a slow or shared processor may take twice as many
+# of PTX: nothing but the weight on its way to L2 moves before the wait of an early start
+WAITS_FIRST = re.compile(
+    r"(?:(?!ld\.global|st\.global|cp\.async).)*griddepcontrol\.wait", re.DOTALL
+)
 MAX_COMPILE_SECONDS = 10
 
 Row = dict[str, Any]
@@ -96,6 +100,8 @@ def compile_case(case: AotCase, target: str) -> Row:
         row["problem"] = asdict(case.problem)
     row["problems"] = [line for line in stderr if "error" in line.lower()]
     row["problems"] += _check(case, row, target)
+    if case.options.get("launch_pdl") and not WAITS_FIRST.match(assembly):
+        row["problems"].append("reads or writes before it waits for the kernel ahead")
     return row
 
 

@@ -1,6 +1,7 @@
 """Kernels of the low-bit linear layer, with the tiles that they are launched with."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from bench.static.compile import AotCase, Problem
@@ -127,12 +128,14 @@ def linear_case(
     asymmetric: bool = False,
     normed: bool = False,
     stats: bool = False,
+    early_start: bool = False,
 ) -> AotCase:
     """The kernel for a shape, with the tiles, and the split of the sum, that dispatch gives it."""
     int8, group_size = x == "int8", 64 if bits in (2, 4) else 0
     is_byte = x in BYTE_INPUTS
     gpu, x_bytes = dispatch_gpu(target), 1 if is_byte else 2
     config, pairs = choose_config(M, N, K, bits, x_bytes, gpu), byte_pairs(gpu)
+    config = replace(config, early_start=early_start)
     split = config.splits > 1
     # another kernel adds the parts, and does what follows
     normed, stats = normed and not split, stats and not split
@@ -141,7 +144,8 @@ def linear_case(
     return make_case(
         f"linear_w{bits}{'_asymmetric' if asymmetric else ''}_{x}"
         f"_{config.block_n}x{config.block_m}" + ("" if is_even else "_ragged")
-        + ("_split" if split else f"_{epilogue}") + "_normed" * normed + "_stats" * stats,
+        + ("_split" if split else f"_{epilogue}") + "_normed" * normed + "_stats" * stats
+        + "_early" * early_start,
         linear_kernel,
         {
             "x_ptr": BYTE_INPUTS.get(x, f"*{x}"),
@@ -169,6 +173,7 @@ def linear_case(
             "PAIRS": pairs,
             "EPS": 1e-5 if normed else None,
             "STATS_TILES": stats_tiles_padded(K) if normed else 0,
+            "EARLY_START": config.early_start,
             "BLOCK_N": config.block_n,
             "BLOCK_M": config.block_m,
             "BLOCK_BYTES": bytes_per_part(bits, x_bytes),
@@ -301,6 +306,8 @@ def linear_cases(target: str) -> Iterator[AotCase]:
         yield linear_case(target, 1, 8, "fp8")
         yield linear_case(target, 2000, 4, "fp8", N=4096, epilogue="glu")
         yield linear_case(target, 2000, 4, "fp8", N=324, K=324)
+    if target in ("sm_90", "sm_100", "sm_120"):
+        yield linear_case(target, 499, 4, early_start=True)
     yield linear_case(target, 499, 4, "fp16")
     yield linear_case(target, 2000, 4, "fp16", N=4096)
     yield linear_case(target, 2000, 4, asymmetric=True)

@@ -31,6 +31,10 @@ MACS_PER_CYCLE = 4096
 L2_BYTES_PER_CYCLE = 2500
 SPLIT_CYCLES = 1500
 
+# of a B200: Triton 3.6 gives each product of a block sums of its own in tensor memory, a column for
+# each row of x, and compiles a kernel that needs more of them to a trap
+TENSOR_MEMORY_COLUMNS = 512
+
 # rows that a deterministic layer takes its tiles for, however many it gets: of a linear layer about
 # ten seconds of an encoder's frames; of a front end's convolution so many that no sum is split,
 # since a split sum's memory grows with the frames
@@ -69,6 +73,8 @@ class LinearConfig:
         splits: parts of the sum over K.
         unroll: blocks of packed bytes a step.
         max_registers: of a thread; None leaves it to the compiler.
+        early_start: programmatic dependent launch, of capability 9.0 and later: programs start
+            while the kernel ahead ends, fetch their weights into L2 and wait for it.
     """
 
     block_n: int
@@ -78,12 +84,15 @@ class LinearConfig:
     splits: int = 1
     unroll: int = 1
     max_registers: int | None = None
+    early_start: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options | {"launch_pdl": True} if self.early_start else options
 
 
 def bytes_per_part(bits: int, itemsize: int) -> int:
@@ -235,6 +244,8 @@ def candidates(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> li
         most = min(steps, 2 * config.splits)
         found |= {replace(config, splits=s): None for s in (1, 2, 4, 8, 16) if s <= most}
         found[replace(config, num_stages=max(2, config.num_stages - 1))] = None
+    if gpu.capability >= (9, 0) and not gpu.is_hip:
+        found[replace(next(iter(found)), early_start=True)] = None
     return list(found)
 
 
@@ -244,6 +255,8 @@ def _fitted(
     """Every tile that serves a shape, and the cycles until its busiest multiprocessor is done."""
     for tile in _HOPPER if gpu.capability[0] == 9 and not gpu.is_hip else _OTHERS:
         if tile.max_rows is not None and tile.max_rows < M:
+            continue
+        if gpu.capability[0] == 10 and tile.config.block_m * 8 // bits > TENSOR_MEMORY_COLUMNS:
             continue
         # Triton 3.6 compiles such a kernel for sm_100 to nothing at all, and says nothing
         if gpu.capability[0] == 10 and bits < 4 and itemsize == 2 and tile.config.block_n > 64:

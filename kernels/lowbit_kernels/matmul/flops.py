@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from lowbit_kernels.matmul import folded_op as _folded_op  # noqa: F401  (defines the ops)
 from lowbit_kernels.matmul import int8_op as _int8_op  # noqa: F401  (defines the op)
 from lowbit_kernels.matmul import op as _op  # noqa: F401  (defines the ops)
 
@@ -34,7 +35,31 @@ def _linear_int8_flops(
     return 2 * math.prod(q_shape) * qweight_shape[0]
 
 
-@register_flop_formula([torch.ops.lowbit.linear, torch.ops.lowbit.linear_train])
+@register_flop_formula(torch.ops.lowbit.linear_normed)
+def _linear_normed_flops(
+    x_shape: Sequence[int],
+    stats_shape: Any,
+    weight_sum_shape: Any,
+    eps: float,
+    bias_shape: Any,
+    residual_shape: Any,
+    epilogue: str | None,
+    qweight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """2 M N K, as without the norm."""
+    return 2 * math.prod(x_shape) * qweight_shape[0]
+
+
+@register_flop_formula(
+    [
+        torch.ops.lowbit.linear,
+        torch.ops.lowbit.linear_train,
+        torch.ops.lowbit.linear_with_stats,
+    ]
+)
 def _linear_flops(
     x_shape: Sequence[int],
     bias_shape: Any,

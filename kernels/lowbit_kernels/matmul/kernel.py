@@ -9,12 +9,13 @@ is one slice of a block, or two for ``wgmma``.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_slice, side_by_side
@@ -33,6 +34,8 @@ from lowbit_kernels.matmul.reference import InputNorm
 from lowbit_kernels.matmul.statistics_kernel import merge_statistics, store_statistics
 
 MAX_ROWS_WRITTEN = tl.constexpr(32)
+# of each row of the weight, into L2 before an early start's wait
+PREFETCH_LINES, LINE_BYTES = tl.constexpr(4), tl.constexpr(128)
 
 
 @triton.jit
@@ -142,7 +145,7 @@ def _linear_kernel(
     stride_xb, stride_xt, stride_qn, stride_rm,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EPILOGUE: tl.constexpr, IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr, PER_DOT: tl.constexpr, PAIRS: tl.constexpr,
-    EPS: tl.constexpr, STATS_TILES: tl.constexpr,
+    EPS: tl.constexpr, STATS_TILES: tl.constexpr, EARLY_START: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_BYTES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     # programs that share rows of x are neighbors: x is the large operand, the weight stays in L2
@@ -179,6 +182,17 @@ def _linear_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=SUM)
     first = tl.program_id(1) * steps_per_split
+    if EARLY_START:
+        # the kernel ahead is still at work: until it is done nothing of its is read, nothing
+        # written; the weight comes as far as L2, which no late write of it would make stale
+        offs_line = first * (BLOCK_BYTES * UNROLL) + tl.arange(0, PREFETCH_LINES) * LINE_BYTES
+        offs_line = tl.minimum(offs_line, stride_qn - 1)
+        lines = qweight_ptr + offs_n.to(tl.int64)[:, None] * stride_qn + offs_line[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        gdc_wait()
     last = tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_BYTES * PARTS * UNROLL))
     for step in range(first, last):
         for i in tl.static_range(UNROLL):
@@ -208,6 +222,8 @@ def _linear_kernel(
                     )  # fmt: skip
                     w = side_by_side(w, w2)
                 acc = tl.dot(w, x, acc, out_dtype=SUM)
+    if EARLY_START:
+        gdc_launch_dependents()
 
     if IS_SPLIT:
         part = y_ptr + tl.program_id(1).to(tl.int64) * M * N
@@ -266,6 +282,8 @@ def _plan(
 ) -> _Plan:
     is_split = config.splits > 1
     pairs, assembly = pairs_of(device, _linear_kernel)
+    if not assembly:
+        config = replace(config, early_start=False)
     step = weights_per_block(bits, itemsize, pairs) * config.unroll
     width = N // 2 if epilogue == "glu" else N
     # a part of a sum holds values and gates side by side, so its tiles are those of a plain layer
@@ -282,6 +300,7 @@ def _plan(
                 "BITS": bits, "GROUP_SIZE": group_size, "EPILOGUE": None if is_split else epilogue,
                 "IS_SPLIT": is_split, "EVEN_K": K % step == 0, "PAIRS": assembly,
                 "PER_DOT": parts_per_dot(bits, itemsize, pairs),
+                "EARLY_START": config.early_start,
                 "EPS": eps, "STATS_TILES": stats_tiles_padded(K) if eps is not None else 0,
                 "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
                 "BLOCK_BYTES": bytes_per_part(bits, itemsize), "UNROLL": config.unroll,

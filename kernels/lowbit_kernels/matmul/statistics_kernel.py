@@ -3,7 +3,13 @@
 Dimension key: M rows, N features of the rows, T tiles of ``STATS_WIDTH`` features.
 
 A tile's statistics are its sum and the sum of its squared deviations from its own mean. They are
-merged without cancellation (Chan, Golub, LeVeque, 1983).
+merged without cancellation (Chan, Golub, LeVeque, 1983), by each program that reads the rows: one
+more load of 8 bytes a tile and row is less than a launch that would merge them once.
+
+Compiled for sm_90, not measured: of a 128 x 256 tile, whose matrix operations take about 16,400
+cycles at K = 1024, finding the statistics adds 1230 instructions a thread (2,500 issue cycles), and
+merging and applying those of 1024 features 700 (1,400; with Triton 3.6 2,600). A LayerNorm of its
+own reads and writes every row, and is a launch.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -38,7 +44,7 @@ def store_statistics(y, stats_ptr, start_n, offs_m, M, N):
 def merge_statistics(stats_ptr, rows, M, N, EPS: tl.constexpr, TILES: tl.constexpr):
     # mean and 1 / deviation of rows; TILES: T, rounded up to a power of two
     tile, num_tiles = tl.arange(0, TILES)[:, None], tl.cdiv(N, _WIDTH)
-    is_last, last = tile == num_tiles - 1, (N - (num_tiles - 1) * _WIDTH).to(tl.float32)
+    is_last, last = tile == num_tiles - 1, (N - (num_tiles - 1) * _WIDTH) * 1.0
     ptrs = stats_ptr + tile * (2 * M) + rows[None, :]
     mask = (tile < num_tiles) & (rows < M)[None, :]
     total = tl.load(ptrs, mask=mask, other=0.0)

@@ -24,9 +24,11 @@ class FoldedLinear(QuantizedModule):
     ...     y = folded.bfloat16()(h, row_statistics(h.flatten(0, 1)))  # [2, 50, 4096]
 
     For inference: it is no ``nn.Linear``, since an adapter would see the input without its norm.
-    Weights are rounded after they were multiplied by the norm's scale: where that spreads widely
-    among the features of a group, the small ones lose digits that ``QLinear`` would keep.
-    ``weight`` is the product of both.
+    ``weight`` is the product of weight and scale, which is what is rounded: where scales spread
+    among the features of a group, small ones lose digits that a ``QLinear`` after the norm keeps.
+    Of random 4-bit weights, 23.6 dB with equal scales, uniform scales of 0.2 to 3 leave 20 dB,
+    log-normal ones of deviation 1 leave 15 dB. Where a mean is many deviations, see
+    ``low_bit_linear_normed``.
     """
 
     weight_sum: Tensor
