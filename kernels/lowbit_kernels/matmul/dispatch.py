@@ -31,10 +31,6 @@ MACS_PER_CYCLE = 4096
 L2_BYTES_PER_CYCLE = 2500
 SPLIT_CYCLES = 1500
 
-# of a B200: Triton 3.6 gives each product of a block sums of its own in tensor memory, a column for
-# each row of x, and compiles a kernel that needs more of them to a trap
-TENSOR_MEMORY_COLUMNS = 512
-
 # rows that a deterministic layer takes its tiles for, however many it gets: of a linear layer about
 # ten seconds of an encoder's frames; of a front end's convolution so many that no sum is split,
 # since a split sum's memory grows with the frames
@@ -256,10 +252,9 @@ def _fitted(
     for tile in _HOPPER if gpu.capability[0] == 9 and not gpu.is_hip else _OTHERS:
         if tile.max_rows is not None and tile.max_rows < M:
             continue
-        if gpu.capability[0] == 10 and tile.config.block_m * 8 // bits > TENSOR_MEMORY_COLUMNS:
-            continue
-        # Triton 3.6 compiles such a kernel for sm_100 to nothing at all, and says nothing
-        if gpu.capability[0] == 10 and bits < 4 and itemsize == 2 and tile.config.block_n > 64:
+        # for sm_100 Triton 3.6 gives each product of a block sums of its own in tensor memory; a
+        # kernel that has too many becomes a trap, or nothing at all, without a word
+        if gpu.capability[0] == 10 and bits < 4 and tile.config.block_n > 64:
             continue
         config = _fit(tile.config, K, bits, itemsize, gpu)
         weights = _weights_per_step(config, bits, itemsize, gpu)
