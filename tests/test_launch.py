@@ -1,8 +1,16 @@
 """Launches of Triton kernels: code is reused only for arguments that it was compiled for."""
 
+import importlib
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import lowbit_kernels
+from lowbit_kernels import device
 from lowbit_kernels.matmul.launch import Constants, Launcher
 
 
@@ -87,8 +95,8 @@ def test_other_constants_and_devices_are_compiled_for(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     launch((1, 1), (x, 64), CONSTANTS)
     assert len(kernel.compiled) == 3
-    for device in (0, 1):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+    for index in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
         launch((1, 1), (x, 64), CONSTANTS)
     assert [compiled for compiled, *_ in kernel.log] == [kernel.compiled[0], kernel.compiled[2]]
 
@@ -103,3 +111,35 @@ def test_an_interpreted_kernel_is_called_every_time(monkeypatch):
     for _ in range(2):
         launch((1, 1), (torch.zeros(1), 64), CONSTANTS)
     assert len(kernel.log) == 2
+
+
+def test_an_implementation_is_imported_when_it_is_called(monkeypatch):
+    """On the device of its first tensor, which is made the current one unless it is."""
+    calls, entered = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
+    )
+    monkeypatch.setattr(
+        torch.library, "impl", lambda op, kind, call: calls.append((op, kind, call))
+    )
+    device.implement_on_cuda("lowbit::some_op", "lowbit_kernels.no_such_module.some_function")
+    ((op, kind, call),) = calls
+    assert (op, kind) == ("lowbit::some_op", "cuda")
+    x = SimpleNamespace(device=torch.device("cuda:1"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        call(x)
+    assert entered == [x.device]
+    with device.on_device(SimpleNamespace(device=torch.device("cuda:0"))):
+        assert len(entered) == 1
+
+
+def test_every_op_has_a_cuda_implementation_that_is_there():
+    """Registered by name, so a wrong one would show on a GPU only."""
+    names = []
+    for path in (Path(lowbit_kernels.__file__).parent / "norm").glob("*_op.py"):
+        names += re.findall(r'"(lowbit_kernels\.[\w.]+_triton)"', path.read_text())
+    assert len(names) == 6
+    for name in names:
+        module, _, function = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))

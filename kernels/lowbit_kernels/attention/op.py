@@ -21,6 +21,7 @@ from lowbit_kernels.attention.reference import (
     flash_attention_reference,
 )
 from lowbit_kernels.cpu import attention_backward_cpu, attention_cpu, empty_heads
+from lowbit_kernels.device import on_device
 
 torch.library.define(
     "lowbit::flash_attention",
@@ -199,7 +200,7 @@ def _cuda(
     from lowbit_kernels.attention.forward_kernel import flash_attention_triton
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.cuda.device(q.device):  # else Triton launches on device 0
+    with on_device(q):
         return flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
 
 
@@ -222,7 +223,7 @@ def _cuda_backward(
     from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.cuda.device(q.device):
+    with on_device(q):
         return flash_attention_backward_triton(
             grad_out, q, k, v, out, lse,
             lengths, bias, seed, window, scale, dropout_p, needs_bias_grad,

@@ -15,6 +15,7 @@ from lowbit_kernels.conv1d.geometry import Geometry, Padding
 from lowbit_kernels.conv1d.layout import channel_first, channel_last, empty_channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, conv1d_reference
 from lowbit_kernels.cpu import conv1d_cpu
+from lowbit_kernels.device import on_device
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import apply_epilogue
 
@@ -166,7 +167,7 @@ def _cuda(*args: Any) -> Tensor:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.conv1d.cuda import conv1d_cuda
 
-    with torch.cuda.device(args[0].device):  # else Triton launches on device 0
+    with on_device(args[0]):
         y, _ = conv1d_cuda(*_unpack_forward(args))
     return y
 
@@ -175,7 +176,7 @@ def _cuda(*args: Any) -> Tensor:
 def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.conv1d.cuda import conv1d_cuda
 
-    with torch.cuda.device(args[0].device):
+    with on_device(args[0]):
         y, preactivation = conv1d_cuda(*_unpack_forward(args), want_preactivation=True)
     assert preactivation is not None, "it was asked for"
     return y, preactivation
@@ -185,7 +186,7 @@ def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.conv1d.cuda import conv1d_backward_cuda
 
-    with torch.cuda.device(args[0].device):
+    with on_device(args[0]):
         dx, dbias = conv1d_backward_cuda(*_unpack_backward(args))
     return dx, dbias
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit_kernels.device import on_device
 from lowbit_kernels.fake_quant.op import PACKED, check_dtype, flatten, unflatten
 from lowbit_kernels.fake_quant.quantizer import Quantizer, check_quantizer
 from lowbit_kernels.fake_quant.reference import (
@@ -150,7 +151,7 @@ def _cuda(
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.fake_quant.linear_cuda import round_weight_cuda, training_linear_cuda
 
-    with torch.cuda.device(x.device):  # else Triton launches on device 0
+    with on_device(x):
         rounded = round_weight_cuda(*_unpack(packed, weight), x.dtype)
         y, z = training_linear_cuda(x, rounded, bias, residual, epilogue)
     return _saved(x, weight, epilogue, save, packed[-1], y, z, rounded)
@@ -204,7 +205,7 @@ def _cuda_backward(
     from lowbit_kernels.fake_quant import linear_cuda
 
     dx, dweight, dscale = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
-    with torch.cuda.device(x.device):
+    with on_device(x):
         dz, dbias = linear_cuda.preactivation_gradient_cuda(
             grad_y, preactivation, epilogue, needs_bias
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.device import on_device
 from lowbit_kernels.fake_quant.quantizer import Levels, Quantizer, check_quantizer
 from lowbit_kernels.fake_quant.reference import (
     as_matrices,
@@ -77,7 +78,7 @@ def _cuda(x: Tensor, *packed: Any) -> Tensor:
     from lowbit_kernels.fake_quant.elementwise_kernel import fake_quantize_triton
 
     rows, quantizer = as_matrices(x, unflatten(*packed))
-    with torch.cuda.device(x.device):  # else Triton launches on device 0
+    with on_device(x):
         y = fake_quantize_triton(rows, quantizer, x.dtype)
     out: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
     return out
@@ -97,7 +98,7 @@ def _cuda_backward(grad: Tensor, x: Tensor, *packed: Any) -> tuple[Tensor, Tenso
 
     rows, quantizer = as_matrices(x, unflatten(*packed))
     grad = grad.reshape(1, *rows.shape).contiguous()
-    with torch.cuda.device(x.device):
+    with on_device(x):
         dx, dscale = fake_quantize_backward_triton(grad, rows, quantizer)
     return dx.view(x.shape), dscale.view(packed[0].shape)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu.linear import linear_cpu
+from lowbit_kernels.device import on_device
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.op import (
     PACKED,
@@ -107,7 +108,7 @@ def _cuda_with_stats(
 
     weight = unflatten(*packed)
     stats = _empty_stats(x, weight.N)
-    with torch.cuda.device(x.device):
+    with on_device(x):
         y = linear_folded_cuda(x, weight, bias, residual, epilogue, stats=stats)
     return y, stats
 
@@ -127,7 +128,7 @@ def _cuda_normed(
 
     weight = unflatten(*packed)
     norm = InputNorm(stats.contiguous(), weight_sum.contiguous(), weight.K, eps)
-    with torch.cuda.device(x.device):
+    with on_device(x):
         return linear_folded_cuda(x, weight, bias, residual, epilogue, norm=norm)
 
 

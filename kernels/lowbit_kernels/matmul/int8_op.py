@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu.linear import linear_int8_cpu
+from lowbit_kernels.device import on_device
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.op import (
     DTYPES,
@@ -16,7 +17,6 @@ from lowbit_kernels.matmul.op import (
     check_like,
     check_weight,
     flatten,
-    on_device,
     output_shape,
     unflatten,
 )

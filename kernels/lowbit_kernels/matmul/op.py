@@ -7,13 +7,13 @@ Tensors of a quantized weight travel flat through the schemas, as ``PACKED`` lis
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu.linear import linear_cpu
+from lowbit_kernels.device import on_device
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import (
     apply_epilogue,
@@ -33,7 +33,6 @@ PACKED = (
     "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point, Tensor? input_scale, "
     "int K, int bits, int group_size, str? inputs, str input_scale_kind, bool deterministic"
 )
-_NOTHING: AbstractContextManager[None] = nullcontext()
 _INPUTS = "Tensor x, Tensor? bias, Tensor? residual, str? epilogue, "
 
 torch.library.define("lowbit::linear", f"({_INPUTS}{PACKED}) -> Tensor")
@@ -116,13 +115,6 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     N, K = packed[0].shape[0], packed[5]
     return grad_y.new_empty(*grad_y.shape[:-1], K), grad_y.new_empty(N if needs_bias_grad else 0)
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of x the current one, on which Triton launches; mostly it is already."""
-    if torch.cuda.current_device() == x.device.index:
-        return _NOTHING
-    return torch.cuda.device(x.device)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -344,7 +336,8 @@ def low_bit_linear(
     bits, others by at most 1/16 of themselves. Needs an NVIDIA GPU of capability 8.9 or later. On
     8.9 and 9.0 a sum keeps about 14 bits as it grows over K: in a model of that arithmetic its
     error was 0.1 % of the largest output at K = 1024 and 0.3 % at 4096: a tenth of what rounding x
-    costs, but more than fp16 results (from about K = 3000) and fp32 results hold. A CPU computes the exact sums in fp64, slowly.
+    costs, but more than fp16 results (from about K = 3000) and fp32 results hold. A CPU computes
+    the exact sums in fp64, slowly.
 
     Args:
         x: [..., K], fp16, bf16 or fp32 (fp64 on a CPU). Under autocast x, bias and residual are

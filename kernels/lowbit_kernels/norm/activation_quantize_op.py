@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import activation_quantize_cpu
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.matmul.reference import epilogue_backward_reference
 from lowbit_kernels.norm.checks import check_float_input
 from lowbit_kernels.norm.levels import aligned_levels, empty_levels
@@ -64,23 +65,14 @@ def _cpu_backward(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
     return epilogue_backward_reference(grad_y.contiguous(), x.contiguous(), activation)
 
 
-@torch.library.impl("lowbit::activation_quantize", "cuda")
-def _cuda(
-    x: Tensor, activation: str, static_scale: Tensor | None, return_dequantized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
-    from lowbit_kernels.norm.activation_quantize_kernel import activation_quantize_triton
-
-    with torch.cuda.device(x.device):  # else Triton launches on device 0
-        return activation_quantize_triton(x, activation, static_scale, return_dequantized)
-
-
-@torch.library.impl("lowbit::activation_quantize_backward", "cuda")
-def _cuda_backward(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
-    from lowbit_kernels.norm.activation_quantize_kernel import activation_quantize_backward_triton
-
-    with torch.cuda.device(x.device):
-        return activation_quantize_backward_triton(grad_y, x, activation)
+implement_on_cuda(
+    "lowbit::activation_quantize",
+    "lowbit_kernels.norm.activation_quantize_kernel.activation_quantize_triton",
+)
+implement_on_cuda(
+    "lowbit::activation_quantize_backward",
+    "lowbit_kernels.norm.activation_quantize_kernel.activation_quantize_backward_triton",
+)
 
 
 def _setup_context(

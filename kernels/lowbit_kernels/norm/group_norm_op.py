@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import group_norm_backward_cpu, group_norm_cpu
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.norm.checks import check_float_input, check_parameter
 
 torch.library.define(
@@ -117,34 +118,14 @@ def _cpu_backward(
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-@torch.library.impl("lowbit::masked_group_norm", "cuda")
-def _cuda(
-    x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None, num_groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
-    from lowbit_kernels.norm.group_norm_kernel import masked_group_norm_triton
-
-    with torch.cuda.device(x.device):  # else Triton launches on device 0
-        return masked_group_norm_triton(x, weight, bias, lengths, num_groups, eps)
-
-
-@torch.library.impl("lowbit::masked_group_norm_backward", "cuda")
-def _cuda_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    lengths: Tensor | None,
-    num_groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from lowbit_kernels.norm.group_norm_kernel import masked_group_norm_backward_triton
-
-    with torch.cuda.device(x.device):
-        return masked_group_norm_backward_triton(
-            grad_y, x, weight, bias, mean, rstd, lengths, num_groups
-        )
+implement_on_cuda(
+    "lowbit::masked_group_norm",
+    "lowbit_kernels.norm.group_norm_kernel.masked_group_norm_triton",
+)
+implement_on_cuda(
+    "lowbit::masked_group_norm_backward",
+    "lowbit_kernels.norm.group_norm_kernel.masked_group_norm_backward_triton",
+)
 
 
 def _setup_context(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import norm_quantize_cpu
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.norm.checks import check_float_input, check_parameter
 from lowbit_kernels.norm.levels import aligned_levels, empty_levels
 from lowbit_kernels.norm.reference import quantize_rows_reference
@@ -106,36 +107,14 @@ def _cpu_backward(
     return dh.to(h.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-@torch.library.impl("lowbit::norm_quantize", "cuda")
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    return_dequantized: bool,
-) -> Outputs:
-    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
-    from lowbit_kernels.norm.norm_quantize_kernel import norm_quantize_triton
-
-    with torch.cuda.device(x.device):  # else Triton launches on device 0
-        return norm_quantize_triton(x, weight, bias, residual, eps, return_dequantized)
-
-
-@torch.library.impl("lowbit::norm_quantize_backward", "cuda")
-def _cuda_backward(
-    grad_y: Tensor,
-    grad_h: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from lowbit_kernels.norm.norm_quantize_kernel import norm_quantize_backward_triton
-
-    with torch.cuda.device(h.device):
-        return norm_quantize_backward_triton(grad_y, grad_h, h, weight, bias, mean, rstd)
+implement_on_cuda(
+    "lowbit::norm_quantize",
+    "lowbit_kernels.norm.norm_quantize_kernel.norm_quantize_triton",
+)
+implement_on_cuda(
+    "lowbit::norm_quantize_backward",
+    "lowbit_kernels.norm.norm_quantize_kernel.norm_quantize_backward_triton",
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
