@@ -20,6 +20,9 @@ from bench.static.table import RESOURCES, cells, read_table, write_table
 # beyond as many, cases are lines and not columns, of which these have room
 MAX_SIDE_BY_SIDE = 6
 SHORT = ("case", "registers", "spill", "programs", "loop", *RESOURCES, "best", "fill")
+# where a line of all of them would not fit
+SHORTEST = ("case", "registers", "spill", "loop", "bound", "best")
+WIDE = 150
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,7 +95,8 @@ def _report(
         before = read_table(target, options.against or version, options.results)
         title = f"{target} ({GPUS[target].name}), Triton {version}"
         title += f", {options.against} → {version}" if options.against else ""
-        console.print(_view([changes(row, before.get(row["name"]), target) for row in rows], title))
+        shown = [changes(row, before.get(row["name"]), target) for row in rows]
+        console.print(_view(shown, title, console.width))
     else:
         table = {"target": target, "gpu": GPUS[target].name, "triton": version, "kernels": rows}
         print(write_table(table, options.results), flush=True)
@@ -108,10 +112,11 @@ def changes(row: Row, before: Row | None, target: str) -> dict[str, str]:
     }
 
 
-def _view(rows: list[dict[str, str]], title: str) -> Table:
+def _view(rows: list[dict[str, str]], title: str, width: int) -> Table:
     """Cases side by side or, where there are many, one below the other."""
     is_long = len(rows) > MAX_SIDE_BY_SIDE
-    names = [n for n in (SHORT if is_long else rows[0]) if any(row[n] for row in rows)]
+    wanted = rows[0] if not is_long else SHORT if width >= WIDE else SHORTEST
+    names = [n for n in wanted if any(row[n] for row in rows)]
     lines: Iterable[Sequence[str]] = [[_cell(row, name) for name in names] for row in rows]
     head: Sequence[str] = names
     if not is_long:
