@@ -1,7 +1,8 @@
 """The main loop of an NVIDIA kernel, read from its disassembly, and the bound that it implies.
 
 The main loop is the innermost one with the most matrix work or, in a kernel without any, the
-longest innermost one; a kernel without loops is taken whole. Both sides of a branch count.
+longest innermost one; a kernel without loops is taken whole. Both sides of a branch count, but for
+the end of a tile, where programs stay for several: what a loop with matrix work writes to memory.
 
 Cycles are those that one multiprocessor spends on one iteration of one program, each resource as if
 the others cost nothing, so the largest is a lower bound whatever overlaps. Latencies, bank
@@ -99,6 +100,8 @@ def analyze(disassembly: str, num_warps: int, target: str) -> MainLoop:
         # every step was unrolled, and what loops is something else
         loops = []
     found = max(matrix_loops or loops, key=work, default=None)
+    if matrix_loops and found is not None:
+        found = {i for i in found if not _writes(blocks[i].instructions)} or found
     instructions = body(everything if found is None else found)
     mix = Counter(i.kind for i in instructions)
     names = Counter(i.name for i in instructions if i.kind == "matrix")
@@ -220,6 +223,10 @@ def _shared_bytes(instruction: Instruction, num_warps: int) -> int:
         # a narrow access takes a cycle, as one of four bytes a lane does
         return WARP * max(4, _itemsize(name)) * num_warps
     return 0
+
+
+def _writes(instructions: Iterable[Instruction]) -> bool:
+    return any(re.match(r"STG|UTMASTG", i.name) for i in instructions)
 
 
 def _itemsize(name: str) -> int:

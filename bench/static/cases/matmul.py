@@ -25,6 +25,12 @@ def linear_kernel() -> Any:
     return _linear_kernel
 
 
+def persistent_kernel() -> Any:
+    from lowbit_kernels.matmul.persistent_kernel import _linear_persistent_kernel
+
+    return _linear_persistent_kernel
+
+
 def dx_kernel() -> Any:
     from lowbit_kernels.matmul.backward_kernel import _linear_dx_kernel
 
@@ -188,6 +194,27 @@ def linear_case(
     )  # fmt: skip
 
 
+def persistent_case(M: int, x: str = "bf16") -> AotCase:
+    """The kernel whose programs stay, of Hopper, with the tiles of the other one."""
+    case = linear_case("sm_90", M, 4, x, N=4096)
+    block_m = case.constexprs["BLOCK_M"]
+    run = case.constexprs["PER_DOT"] * case.constexprs["BLOCK_BYTES"]
+    element = BYTE_INPUTS.get(x, f"*{x}")[1:]
+    dropped = {
+        "x_ptr", "x_stats_ptr", "weight_sum_ptr", "stats_ptr", "K", "T", "steps_per_split",
+        "stride_xb", "stride_xt", "IS_SPLIT", "EPS", "STATS_TILES", "EARLY_START",
+    }  # fmt: skip
+    signature = {k: v for k, v in case.signature.items() if k not in dropped}
+    return replace(
+        case,
+        name=f"{case.name}_persistent",
+        kernel=persistent_kernel,
+        signature=signature | {"x_desc": f"tensordesc<{element}[{block_m},{run}]>", "steps": "i32"},
+        constexprs={k: v for k, v in case.constexprs.items() if k not in dropped},
+        aligned=tuple(name for name in case.aligned if name not in dropped),
+    )
+
+
 def dx_case(target: str, bits: int, *, asymmetric: bool = False, M: int = 2000) -> AotCase:
     group_size = 64 if bits in (2, 4) else 0
     config = choose_dx_config(M, bits, not asymmetric, deterministic=False)
@@ -308,6 +335,9 @@ def linear_cases(target: str) -> Iterator[AotCase]:
         yield linear_case(target, 2000, 4, "fp8", N=324, K=324)
     if target in ("sm_90", "sm_100", "sm_120"):
         yield linear_case(target, 499, 4, early_start=True)
+    if target == "sm_90":
+        for x in ("bf16", "int8", "fp8"):
+            yield persistent_case(16000, x)
     yield linear_case(target, 499, 4, "fp16")
     yield linear_case(target, 2000, 4, "fp16", N=4096)
     yield linear_case(target, 2000, 4, asymmetric=True)

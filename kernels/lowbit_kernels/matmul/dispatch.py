@@ -71,6 +71,8 @@ class LinearConfig:
         max_registers: of a thread; None leaves it to the compiler.
         early_start: programmatic dependent launch, of capability 9.0 and later: programs start
             while the kernel ahead ends, fetch their weights into L2 and wait for it.
+        persistent: programs stay for several tiles, and the tensor memory accelerator of capability
+            9.0 copies x. Inputs that it cannot copy are served without, with the same result.
     """
 
     block_n: int
@@ -81,6 +83,7 @@ class LinearConfig:
     unroll: int = 1
     max_registers: int | None = None
     early_start: bool = False
+    persistent: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -242,6 +245,13 @@ def candidates(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> li
         found[replace(config, num_stages=max(2, config.num_stages - 1))] = None
     if gpu.capability >= (9, 0) and not gpu.is_hip:
         found[replace(next(iter(found)), early_start=True)] = None
+    if gpu.capability[0] == 9 and not gpu.is_hip:
+        # only where programs have more than one tile to do
+        found |= {
+            replace(config, persistent=True): None
+            for config, _ in _fitted(M, N, K, bits, itemsize, gpu)
+            if _tiles(config, M, N) > gpu.num_sms and config.splits == 1
+        }
     return list(found)
 
 

@@ -9,6 +9,7 @@ import triton
 from lowbit_kernels.matmul.dispatch import Gpu, byte_pairs
 
 INTERPRETED_PAIRS = 1
+INTERPRETED_SMS = 2
 
 
 @functools.cache
@@ -37,3 +38,10 @@ def pairs_of(device: torch.device, kernel: Any) -> tuple[int, int]:
         return INTERPRETED_PAIRS, 0
     pairs = byte_pairs(gpu_of(device))
     return pairs, pairs
+
+
+def sms_of(device: torch.device, kernel: Any) -> int:
+    """Multiprocessors of the device; two where a kernel is interpreted."""
+    if not isinstance(kernel, triton.JITFunction):
+        return INTERPRETED_SMS
+    return gpu_of(device).num_sms

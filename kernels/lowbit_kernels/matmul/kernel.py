@@ -18,7 +18,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lowbit_kernels.formats import QuantizedWeight
-from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_slice, side_by_side
 from lowbit_kernels.matmul.dispatch import (
     LinearConfig,
     bytes_per_part,
@@ -26,114 +25,20 @@ from lowbit_kernels.matmul.dispatch import (
     stats_tiles_padded,
     weights_per_block,
 )
-from lowbit_kernels.matmul.epilogue_kernel import activate, finish_triton
-from lowbit_kernels.matmul.gpu import pairs_of
+from lowbit_kernels.matmul.epilogue_kernel import finish_triton
+from lowbit_kernels.matmul.gpu import pairs_of, sms_of
 from lowbit_kernels.matmul.launch import Constants, Launcher
-from lowbit_kernels.matmul.quantize_kernel import round_to_int8
+from lowbit_kernels.matmul.persistent_kernel import (
+    describe_rows,
+    launch_persistent,
+    programs_that_stay,
+)
 from lowbit_kernels.matmul.reference import InputNorm
-from lowbit_kernels.matmul.statistics_kernel import merge_statistics, store_statistics
+from lowbit_kernels.matmul.statistics_kernel import merge_statistics
+from lowbit_kernels.matmul.tile_kernel import decode_run, load_bytes, tile_rows, write_tile
 
-MAX_ROWS_WRITTEN = tl.constexpr(32)
 # of each row of the weight, into L2 before an early start's wait
 PREFETCH_LINES, LINE_BYTES = tl.constexpr(4), tl.constexpr(128)
-
-
-@triton.jit
-def _load_bytes(q_ptrs, start, offs_j, row_bytes, EVEN_K: tl.constexpr):
-    if EVEN_K:
-        q = tl.load(q_ptrs + start)
-    else:
-        # a step may reach past the end of a row
-        q = tl.load(q_ptrs + start, mask=(start + offs_j < row_bytes)[None, :], other=0)
-    return q
-
-
-@triton.jit
-def _decode(
-    q, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start, num_groups,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SLICE: tl.constexpr, DTYPE: tl.constexpr,
-    PAIRS: tl.constexpr,
-):  # fmt: skip
-    # the weights of one slice of q, those of K from start on
-    if GROUP_SIZE > 0:
-        # in L1 after the first of a row's groups
-        group = group_rows + tl.minimum(start // GROUP_SIZE, num_groups - 1)
-    # 8-bit weights are one slice
-    SHIFT: tl.constexpr = 0 if BITS == 8 else SLICE * BITS
-    if zero_point_ptr is not None:
-        zero = tl.load(zero_point_ptr + group).to(tl.float32)
-        step = tl.load(scale_ptr + group).to(tl.float32)
-        w = decode_asymmetric(q, SHIFT, zero[:, None], step[:, None], BITS, DTYPE)
-    elif GROUP_SIZE > 0:
-        w = decode_slice(q, tl.load(group_scale_ptr + group)[:, None], BITS, SHIFT, DTYPE, PAIRS)
-    else:
-        w = decode_slice(q, None, BITS, SHIFT, DTYPE, PAIRS)
-    return w
-
-
-@triton.jit
-def _write_tile(
-    acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-    out_scale_ptr, stats_ptr,
-    start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-    EPILOGUE: tl.constexpr, FIRST: tl.constexpr,
-):  # fmt: skip
-    # a few rows at a time: those of a whole tile, with their addresses, would not fit in registers
-    BLOCK_N: tl.constexpr = acc.shape[0]
-    BLOCK_M: tl.constexpr = acc.shape[1]
-    if BLOCK_M > MAX_ROWS_WRITTEN:
-        HALF: tl.constexpr = BLOCK_M // 2
-        first, second = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
-        _write_tile(
-            first, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-            out_scale_ptr, stats_ptr,
-            start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-            EPILOGUE, FIRST,
-        )  # fmt: skip
-        _write_tile(
-            second, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-            out_scale_ptr, stats_ptr,
-            start_m + HALF, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-            EPILOGUE, FIRST + HALF,
-        )  # fmt: skip
-    else:
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        rows = tl.minimum(offs_m, M - 1)
-        mask_m = (offs_m < M)[None, :]
-        z = acc.to(tl.float32)
-        if mean is not None:
-            # LayerNorm of x. A gather passes a few rows on, where a split would pass all at once
-            index = FIRST + tl.arange(0, BLOCK_M)
-            z -= tl.gather(mean, index, 0)[None, :] * weight_sum[:, None]
-            z *= tl.gather(rstd, index, 0)[None, :]
-        if scale is not None:
-            z *= scale[:, None]
-        if x_scale_ptr is not None:
-            z *= tl.load(x_scale_ptr + rows)[None, :]
-        if bias is not None:
-            z += bias[:, None]
-        if z_ptr is not None:
-            z_ptrs = z_ptr + offs_m[None, :] * N + offs_n[:, None]
-            tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask_m & mask_n[:, None])
-        BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if EPILOGUE == "glu" else BLOCK_N
-        if EPILOGUE == "glu":
-            pairs = z.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-            value, gate = pairs.split()
-            y = (value * tl.sigmoid(gate)).reshape(BLOCK_OUT, BLOCK_M)
-        else:
-            y = activate(z, EPILOGUE, y_ptr.dtype.element_ty.primitive_bitwidth < 32)
-        offs_out = start_n + tl.arange(0, BLOCK_OUT)
-        mask = mask_m & (offs_out < N_out)[:, None]
-        if residual_ptr is not None:
-            residual_ptrs = residual_ptr + rows[None, :] * stride_rm + offs_out[:, None]
-            y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if out_scale_ptr is not None:
-            y, _ = round_to_int8(y, tl.div_rn(1.0, tl.load(out_scale_ptr)), CLAMP=True)
-        y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
-        y = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptrs, y, mask=mask)
-        if stats_ptr is not None:
-            store_statistics(y.to(tl.float32), stats_ptr, start_n, offs_m, M, N_out)
 
 
 # lengths differ from utterance to utterance, and must not compile a kernel each
@@ -158,14 +63,7 @@ def _linear_kernel(
     # rows past the end read the last one, and are not written
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows = tl.minimum(offs_m, M - 1)
-    index = tl.arange(0, BLOCK_N)
-    if IS_GLU:
-        # value and gate alternate every 8 rows: the matrix unit gives both to one thread
-        index_n = start_n + index // 16 * 8 + index % 8
-        offs_n = tl.minimum(index_n, N_out - 1) + index // 8 % 2 * N_out
-    else:
-        index_n = start_n + index
-        offs_n = tl.minimum(index_n, N - 1)
+    offs_n, index_n = tile_rows(start_n, N, N_out, BLOCK_N, IS_GLU)
 
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SUM: tl.constexpr = tl.int32 if DTYPE.is_int() else tl.float32
@@ -197,8 +95,9 @@ def _linear_kernel(
     for step in range(first, last):
         for i in tl.static_range(UNROLL):
             block = step * UNROLL + i
+            q = None
             if BITS < 8:
-                q = _load_bytes(q_ptrs, block * BLOCK_BYTES, offs_j, stride_qn, EVEN_K)
+                q = load_bytes(q_ptrs, block * BLOCK_BYTES, stride_qn, EVEN_K)
             for d in tl.static_range(PARTS // PER_DOT):
                 start = (block * PARTS + d * PER_DOT) * BLOCK_BYTES
                 if EVEN_K:
@@ -206,21 +105,11 @@ def _linear_kernel(
                 else:
                     # the weight's padding decodes to anything, so x must be 0 there
                     x = tl.load(x_ptrs + start, mask=(start + offs_k < K)[:, None], other=0.0)
-                if BITS == 8:
-                    q = _load_bytes(q_ptrs, start, offs_j, stride_qn, EVEN_K)
-                w = _decode(
-                    q, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start, num_groups,
-                    BITS, GROUP_SIZE, d * PER_DOT, DTYPE, PAIRS,
+                w = decode_run(
+                    q, q_ptrs, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start,
+                    stride_qn, num_groups, BITS, GROUP_SIZE, d * PER_DOT, DTYPE, PAIRS,
+                    PER_DOT, BLOCK_BYTES, EVEN_K,
                 )  # fmt: skip
-                if PER_DOT == 2:
-                    start += BLOCK_BYTES
-                    if BITS == 8:
-                        q = _load_bytes(q_ptrs, start, offs_j, stride_qn, EVEN_K)
-                    w2 = _decode(
-                        q, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start,
-                        num_groups, BITS, GROUP_SIZE, d * PER_DOT + 1, DTYPE, PAIRS,
-                    )  # fmt: skip
-                    w = side_by_side(w, w2)
                 acc = tl.dot(w, x, acc, out_dtype=SUM)
     if EARLY_START:
         gdc_launch_dependents()
@@ -236,7 +125,7 @@ def _linear_kernel(
         if x_stats_ptr is not None:
             mean, rstd = merge_statistics(x_stats_ptr, rows, M, K, EPS, STATS_TILES)
             weight_sum = tl.load(weight_sum_ptr + offs_n).to(tl.float32)
-        _write_tile(
+        write_tile(
             acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
             out_scale_ptr, stats_ptr,
             start_m, start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
@@ -258,6 +147,9 @@ class _Plan:
         num_groups: group scales a row.
         steps_per_split: of the loop over K, a program.
         constants: of the kernel.
+        run: weights a row that are multiplied at once.
+        staying: programs of the persistent kernel, 0 where it does not serve.
+        staying_constants: of the persistent kernel.
     """
 
     width: int
@@ -266,6 +158,9 @@ class _Plan:
     num_groups: int
     steps_per_split: int
     constants: Constants
+    run: int
+    staying: int
+    staying_constants: Constants
 
 
 @functools.lru_cache(maxsize=4096)
@@ -282,13 +177,20 @@ def _plan(
 ) -> _Plan:
     is_split = config.splits > 1
     pairs, assembly = pairs_of(device, _linear_kernel)
-    if not assembly:
-        config = replace(config, early_start=False)
     step = weights_per_block(bits, itemsize, pairs) * config.unroll
+    per_dot, block_bytes = parts_per_dot(bits, itemsize, pairs), bytes_per_part(bits, itemsize)
     width = N // 2 if epilogue == "glu" else N
     # a part of a sum holds values and gates side by side, so its tiles are those of a plain layer
     interleaved = epilogue == "glu" and not is_split
     tile_width = N if is_split else width
+    is_persistent = config.persistent and not is_split and eps is None
+    shared = {
+        "BITS": bits, "GROUP_SIZE": group_size, "EPILOGUE": None if is_split else epilogue,
+        "EVEN_K": K % step == 0, "PAIRS": assembly, "PER_DOT": per_dot,
+        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
+        "BLOCK_BYTES": block_bytes, "UNROLL": config.unroll,
+    }  # fmt: skip
+    early_start = config.early_start and assembly > 0
     return _Plan(
         width,
         tile_width,
@@ -296,17 +198,16 @@ def _plan(
         num_groups=-(-K // group_size) if group_size else 0,
         steps_per_split=-(-K // (step * config.splits)),
         constants=Constants(
-            {
-                "BITS": bits, "GROUP_SIZE": group_size, "EPILOGUE": None if is_split else epilogue,
-                "IS_SPLIT": is_split, "EVEN_K": K % step == 0, "PAIRS": assembly,
-                "PER_DOT": parts_per_dot(bits, itemsize, pairs),
-                "EARLY_START": config.early_start,
+            shared
+            | {
+                "IS_SPLIT": is_split, "EARLY_START": early_start,
                 "EPS": eps, "STATS_TILES": stats_tiles_padded(K) if eps is not None else 0,
-                "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
-                "BLOCK_BYTES": bytes_per_part(bits, itemsize), "UNROLL": config.unroll,
-                **config.options,
             }
+            | replace(config, early_start=early_start).options
         ),
+        run=per_dot * block_bytes,
+        staying=programs_that_stay(config, sms_of(device, _linear_kernel)) * is_persistent,
+        staying_constants=Constants(shared | replace(config, early_start=False).options),
     )  # fmt: skip
 
 
@@ -365,8 +266,16 @@ def linear_triton(
         y = torch.empty(M, plan.width, dtype=dtype, device=device)
         x_stats, weight_sum = (None, None) if norm is None else (norm.stats, norm.weight_sum)
         outputs = (bias, residual, y, z, out_scale, stats)
-        args = (x_btk, *packed, x_scale, x_stats, weight_sum, *outputs, *sizes)
-        _launch(grid, args, plan.constants)
+        if plan.staying and stats is None:
+            x_desc = describe_rows(x_btk, config.block_m, plan.run)
+            if x_desc is not None:
+                grid = (min(grid[0], plan.staying), 1)
+                counts = (M, N, plan.width, plan.num_groups, plan.steps_per_split, *sizes[-2:])
+                inputs = (x_desc, *packed, x_scale)
+                launch_persistent(grid, (*inputs, *outputs[:-1], *counts), plan.staying_constants)
+                return y, z
+        of_norm = (x_stats, weight_sum)
+        _launch(grid, (x_btk, *packed, x_scale, *of_norm, *outputs, *sizes), plan.constants)
         return y, z
     sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
     parts = torch.empty(config.splits, M, N, dtype=sums, device=device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 Key = tuple[Any, ...]
 
@@ -32,7 +33,7 @@ class Launcher:
 
         Args:
             grid: programs along x and y.
-            args: tensors, integers and None, in the kernel's order.
+            args: tensors, descriptors of tensors, integers and None, in the kernel's order.
             constants: the kernel's constants and the compiler's options.
         """
         device = torch.cuda.current_device() if self._compiled else None
@@ -61,7 +62,7 @@ class Constants:
         self.values = dict(values)
 
 
-def _kind(arg: Tensor | int | None) -> Any:
+def _kind(arg: Tensor | TensorDescriptor | int | None) -> Any:
     """What Triton compiles for: the dtype and alignment of a tensor, the divisibility of a number.
 
     It is finer than Triton's own, which leaves some numbers out: more entries, the same code.
@@ -70,4 +71,6 @@ def _kind(arg: Tensor | int | None) -> Any:
         return None
     if isinstance(arg, int):
         return (arg & 15) == 0, arg == 1, -(2**31) <= arg < 2**31
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, tuple(arg.block_shape)
     return arg.dtype, arg.data_ptr() & 15 == 0
