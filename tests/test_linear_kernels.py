@@ -6,6 +6,7 @@ Dimension key: M rows, N output features, K input features.
 import pytest
 import torch
 
+from lowbit_kernels.checks import EPILOGUES
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul import dispatch, gpu, kernel, linear_reference, low_bit_linear
@@ -14,7 +15,6 @@ from lowbit_kernels.matmul.decode_kernel import dequantize_triton
 from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig, candidates
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton
 from lowbit_kernels.matmul.kernel import linear_triton
-from lowbit_kernels.matmul.op import EPILOGUES
 from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
 from lowbit_kernels.matmul.reference import (
     epilogue_backward_reference,
@@ -207,6 +207,20 @@ def test_a_value_that_int8_cannot_hold_is_not_hidden(value, device):
     q, scale = quantize_rows_triton(x, None)
     assert torch.isfinite(scale).tolist() == [True, False, True]
     assert torch.equal(q[0, ::2], quantize_rows(x[0, ::2], scale[::2]))
+
+
+@pytest.mark.parametrize("K", [4096, 4097, 9000], ids=["one-block", "and-one", "three-blocks"])
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_of_any_length_are_quantized_whole(K, given, device):
+    x = torch.randn(1, 2, K, device=device)
+    x[0, 0, 1] = x[0, 1, -1] = 9.0
+    rows = input_scale_rows(x, "token", None)
+    q, scale = quantize_rows_triton(x, rows if given else None)
+    assert torch.equal(scale, rows)
+    assert torch.equal(q[0], quantize_rows(x[0], rows))
+    x[0, 1, -1] = torch.nan
+    _, scale = quantize_rows_triton(x, None)
+    assert scale.isfinite().tolist() == [True, False]
 
 
 def test_silent_rows_quantize_to_zeros(device):

@@ -295,15 +295,22 @@ def elementwise_cases() -> Iterator[AotCase]:
         integers("M N K N_out num_parts stride_rm"),
         {"EPILOGUE": None, "EPS": 1e-5, "STATS_TILES": 16, "BLOCK": 1024},
     )
-    for has_scale, q in ((False, "int8"), (True, "int8"), (False, "fp8"), (True, "fp8")):
+    for has_scale, q, is_whole in (
+        (False, "int8", True), (False, "int8", False), (True, "int8", True),
+        (False, "fp8", True), (True, "fp8", True),
+    ):  # fmt: skip
         yield make_case(
-            f"quantize_rows_{'given' if has_scale else 'own'}_scale" + "_fp8" * (q == "fp8"),
+            f"quantize_rows_{'given' if has_scale else 'own'}_scale"
+            + "_fp8" * (q == "fp8") + "_long" * (not is_whole),
             quantize_kernel,
             {"x_ptr": "*bf16", "q_ptr": BYTE_INPUTS[q], "scale_ptr": "*fp32"},
             integers("K T stride_xb stride_xt stride_qm"),
-            {"HAS_SCALE": has_scale, "BLOCK": 1024, "INTERPRETED": False},
+            {
+                "HAS_SCALE": has_scale, "BLOCK": 1024 if is_whole else 4096,
+                "IS_WHOLE": is_whole, "INTERPRETED": False,
+            },
             targets=None if q == "int8" else FP8_TARGETS,
-        )
+        )  # fmt: skip
 
 
 # one row of a stream, a short chunk, one utterance, and batches of them

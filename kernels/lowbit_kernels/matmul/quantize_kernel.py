@@ -17,6 +17,8 @@ from lowbit_kernels.matmul.reference import INPUT_DTYPES, INPUT_MAX, INT8_MAX, M
 _INT8_MAX = tl.constexpr(float(INT8_MAX))
 _FP8_MAX = tl.constexpr(float(INPUT_MAX["fp8"]))
 _MIN_SCALE = tl.constexpr(MIN_INPUT_SCALE)
+# features that a program of 4 warps holds: 32 a thread
+MAX_BLOCK = 4096
 
 
 @triton.jit
@@ -60,39 +62,59 @@ def to_fp8(x, INTERPRETED: tl.constexpr):
     return y
 
 
+@triton.jit
+def _magnitudes(x):
+    # a maximum passes over a NaN, not over infinity
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def _round(x, inverse, IS_FP8: tl.constexpr, CLAMP: tl.constexpr, INTERPRETED: tl.constexpr):
+    if IS_FP8:
+        scaled = tl.clamp(x * inverse, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        q = to_fp8(scaled, INTERPRETED)
+    else:
+        q, _ = round_to_int8(x, inverse, CLAMP)
+    return q
+
+
 @triton.jit(do_not_specialize=["T"])
 def _quantize_rows_kernel(
     x_ptr, q_ptr, scale_ptr,
     K, T,
     stride_xb, stride_xt, stride_qm,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    # one program: one row
+    # one program: one row, which is read once if one block holds it (IS_WHOLE)
     IS_FP8: tl.constexpr = q_ptr.dtype.element_ty.is_fp8()
     LIMIT: tl.constexpr = _FP8_MAX if IS_FP8 else _INT8_MAX
     m = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + m // T * stride_xb + m % T * stride_xt
+    q_row = q_ptr + m * stride_qm
+    offs = tl.arange(0, BLOCK)
+    if IS_WHOLE:
+        x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
+        largest = _magnitudes(x)
+    elif not HAS_SCALE:
+        largest = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, K, BLOCK):
+            x = tl.load(x_row + start + offs, mask=start + offs < K, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, _magnitudes(x))
     if HAS_SCALE:
         scale = tl.load(scale_ptr + m)
     else:
-        largest = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, K, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
-            # the last maximum passes over a NaN, not over infinity
-            largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
         scale = int8_scale(tl.max(largest), LIMIT)
         tl.store(scale_ptr + m, scale)
     inverse = tl.div_rn(1.0, scale)
-    for start in range(0, K, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        x = tl.load(x_row + offs, mask=offs < K, other=0.0).to(tl.float32)
-        if IS_FP8:
-            scaled = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            q = to_fp8(scaled, INTERPRETED)
-        else:
-            q, _ = round_to_int8(x, inverse, HAS_SCALE)
-        tl.store(q_ptr + m * stride_qm + offs, q, mask=offs < K)
+    if IS_WHOLE:
+        q = _round(x, inverse, IS_FP8, HAS_SCALE, INTERPRETED)
+        tl.store(q_row + offs, q, mask=offs < K)
+    else:
+        for start in range(0, K, BLOCK):
+            x = tl.load(x_row + start + offs, mask=start + offs < K, other=0.0).to(tl.float32)
+            q = _round(x, inverse, IS_FP8, HAS_SCALE, INTERPRETED)
+            tl.store(q_row + start + offs, q, mask=start + offs < K)
 
 
 def quantize_rows_triton(
@@ -131,7 +153,8 @@ def _constants(K: int, has_scale: bool) -> Constants:
     return Constants(
         {
             "HAS_SCALE": has_scale,
-            "BLOCK": min(1024, triton.next_power_of_2(K)),
+            "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(K)),
+            "IS_WHOLE": K <= MAX_BLOCK,
             "INTERPRETED": not isinstance(_quantize_rows_kernel, triton.JITFunction),
         }
     )
