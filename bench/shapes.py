@@ -6,8 +6,9 @@ input samples or frames, k taps, g groups; H heads, D head dimension. Ten second
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from bench.case import Point
+from bench.case import Goal, Point
 
 SAMPLE_RATE = 16_000
 SECONDS = 10
@@ -60,6 +61,13 @@ def _conv(
         "g": groups,
     }
     return Point(name, sizes, origin)
+
+
+def depthwise_point(
+    C: int, T: int, k: int, origin: str, batch: int, goals: tuple[Goal, ...]
+) -> Point:
+    """A depthwise convolution that keeps the number of frames."""
+    return replace(_conv(C, C, T, k, origin, groups=C, batch=batch), goals=goals)
 
 
 def frames_out(sizes: dict[str, int]) -> int:

@@ -13,6 +13,8 @@ from bench.case import Case, Point
 from bench.cases import CASES, ON_CUDA, encoder_cuda
 from bench.cases import attention_cuda as attention
 from bench.cases.conv1d_cuda import CONV1D_CUDA
+from bench.cases.conv_blocks_cuda import CONV_MODULE_CUDA, FRONT_END_CUDA, POSITIONAL_CUDA
+from bench.cases.depthwise_cuda import DEPTHWISE_CUDA
 from bench.cases.linear_cuda import LINEAR_BATCH1
 from bench.cases.norm_cuda import NORM_CUDA
 from bench.cases.training_cuda import TRAINING_CUDA
@@ -34,6 +36,7 @@ LINEAR_CASES = [
     replace(case, sets=2) for case in ON_CUDA
     if case.name.startswith("linear") and case.name != "linear_ladder"
 ]  # fmt: skip
+CONV_CASES = (FRONT_END_CUDA, POSITIONAL_CUDA, CONV_MODULE_CUDA, DEPTHWISE_CUDA)
 # which product int8 and fp8 have of 17 rows and more
 PEER_POINT = Point("peers", {"M": 32, "K": 64, "N": 96, "gelu": 1}, "small")
 ATTENTION_POINTS = [
@@ -48,6 +51,7 @@ NORM_POINTS = [
 POINTS = [
     *((case, point) for case in LINEAR_CASES for point in case.small[:2]),
     *((CONV1D_CUDA, point) for point in CONV_POINTS),
+    *((case, point) for case in CONV_CASES for point in case.small),
     *((attention.ATTENTION_CUDA, point) for point in ATTENTION_POINTS),
     *((NORM_CUDA, point) for point in NORM_POINTS),
 ]
@@ -63,7 +67,8 @@ def _quick(monkeypatch):
 
 def problems(rows):
     """What is neither right nor missing."""
-    return {name: row for name, row in rows.items() if row["status"] not in ("ok", "missing")}
+    fine = ("ok", "missing", "skipped")
+    return {name: row for name, row in rows.items() if row["status"] not in fine}
 
 
 @dtypes
@@ -73,7 +78,8 @@ def problems(rows):
 def test_every_provider_is_right(case, point, dtype):
     rows = rows_of(replace(case, device="cpu", dtype=dtype, points=(point,)))
     assert not problems(rows)
-    assert {"ok"} == {row["status"] for name, row in rows.items() if name.startswith("lowbit")}
+    ran = {row["status"] for name, row in rows.items() if name.startswith("lowbit")}
+    assert {"ok"} <= ran <= {"ok", "skipped"}
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from bench.cases.checkpoint_bytes import CHECKPOINT_BYTES
 from bench.cases.cold_start import COLD_START
 from bench.cases.conv1d_cpu import CONV1D_CPU
 from bench.cases.conv1d_cuda import CONV1D_CUDA
+from bench.cases.conv_blocks_cuda import CONV_MODULE_CUDA, FRONT_END_CUDA, POSITIONAL_CUDA
+from bench.cases.depthwise_cuda import DEPTHWISE_CUDA
 from bench.cases.encoder_cpu import ENCODER_CPU
 from bench.cases.encoder_cuda import ENCODER_CUDA
 from bench.cases.host_overhead import HOST_OVERHEAD
@@ -29,6 +31,7 @@ ON_CPU = (ENCODER_CPU, CHECKPOINT_BYTES, IMPORT_TIME, LINEAR_CPU, CONV1D_CPU)
 ON_CUDA = (
     CEILINGS, LINEAR_BATCH1, LINEAR_LARGE, LINEAR_BACKWARD, LINEAR_STREAM, HOST_OVERHEAD,
     LINEAR_ODD, LINEAR_BITS, LINEAR_TRAINING, LINEAR_LADDER, ENCODER_CUDA, TRAINING_CUDA,
-    COLD_START, ATTENTION_CUDA, CONV1D_CUDA, NORM_CUDA,
+    COLD_START, FRONT_END_CUDA, POSITIONAL_CUDA, CONV_MODULE_CUDA, DEPTHWISE_CUDA, ATTENTION_CUDA,
+    CONV1D_CUDA, NORM_CUDA,
 )  # fmt: skip
 CASES: dict[str, Case | ValueCase] = {case.name: case for case in (*ON_CPU, *ON_CUDA)}

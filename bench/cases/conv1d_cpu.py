@@ -49,9 +49,9 @@ def unquantized(inputs: Inputs) -> Prepared:
     return Prepared(lambda: conv(x), bound, weight_bytes=stored)
 
 
-def ours(inputs: Inputs, int8: bool) -> Prepared:
-    """A 4-bit QConv1d on channel-last memory, as chained layers keep it."""
-    spec = QuantSpec(bits=4, inputs="int8" if int8 else None)
+def ours(inputs: Inputs, int8: bool, bits: int = 4) -> Prepared:
+    """A QConv1d on channel-last memory, as chained layers keep it."""
+    spec = QuantSpec(bits=bits, inputs="int8" if int8 else None)
     layer = QConv1d.from_float(inputs.conv, spec)
     x = inputs.x.transpose(1, 2).contiguous().transpose(1, 2)
     twin = copy.deepcopy(layer.to_float()).float()
