@@ -246,7 +246,7 @@ def _prepare(
     error = relative_error(result, result if expected is None else expected)
     verdict: Row = {"status": "ok", "error": error, "max_error": prepared.max_error}
     # frozen weights have fewer gradients than trained ones
-    if baseline_result is not None and len(result) == len(baseline_result):
+    if baseline_result is not None and _count(result) == _count(baseline_result):
         verdict["error_vs_baseline"] = relative_error(result, baseline_result)
     # written so that NaN is wrong
     if not error <= prepared.max_error:
@@ -254,6 +254,10 @@ def _prepare(
         verdict["reason"] = f"relative error {error:.2e}, allowed {prepared.max_error:.2e}"
         _say(f"{provider.name} is wrong: {verdict['reason']}")
     return _Ready(prepared, calls), result, verdict
+
+
+def _count(result: Result) -> int:
+    return 1 if isinstance(result, Tensor) else len(result)
 
 
 def _copy(result: Result) -> Result:
