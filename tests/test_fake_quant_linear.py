@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lowbit_kernels.checks import EPILOGUES
 from lowbit_kernels.fake_quant import Levels, Quantizer, linear_cuda, training_linear
 from lowbit_kernels.fake_quant.dispatch import WeightGradientConfig, choose_weight_gradient_config
-from lowbit_kernels.fake_quant.linear_op import EPILOGUES
 from lowbit_kernels.fake_quant.op import flatten
 from lowbit_kernels.fake_quant.reference import as_matrices
 from lowbit_kernels.fake_quant.weight_gradient_kernel import weight_gradient_triton
@@ -273,6 +273,21 @@ def test_autocast_keeps_the_weight_in_fp32(device):
     assert torch.equal(y, training_linear(x, weight, bias, quantizer=quantizer))
 
 
+@pytest.mark.parametrize(
+    ("trains", "products"), [("xw", 3), ("x", 2), ("w", 2), ("b", 1)], ids=lambda v: str(v)
+)
+def test_flops_are_those_of_the_products_needed(trains, products, device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, bias, _, quantizer = make_inputs(4, 6, 70, "lsq-row", device=device, epilogue="glu")
+    for name, tensor in (("x", x), ("w", weight), ("b", bias)):
+        tensor.requires_grad_(name in trains)
+    with FlopCounterMode(display=False) as counter:
+        y = training_linear(x, weight, bias, quantizer=quantizer, epilogue="glu")
+        y.sum().backward()
+    assert counter.get_total_flops() == products * (2 * 4 * 6 * 70)
+
+
 W4 = Levels.of_weight(4)
 
 
@@ -283,7 +298,7 @@ W4 = Levels.of_weight(4)
         ({"weight": torch.ones(0, 8)}, r"weight must be \[N, K\] and not empty"),
         ({"weight": torch.ones(7, 8), "epilogue": "glu"}, "even number of rows, got N = 7"),
         ({"weight": torch.ones(6, 9)}, r"x must be \[..., K\] with K = 9"),
-        ({"bias": torch.ones(5)}, r"bias must be \(6,\), got \(5,\)"),
+        ({"bias": torch.ones(5)}, r"bias must be \[6\], got \[5\]"),
         ({"residual": torch.ones(4, 6).half()}, "residual must be torch.float32 on cpu like x"),
         ({"x": torch.ones(4, 8).long()}, "x must be fp16, bf16 or fp32"),
         ({"quantizer": Quantizer(W4)}, "scale must be given for a weight"),

@@ -26,7 +26,7 @@ LAYERS = (
     ("modules",),
     ("matmul", "conv1d", "attention", "norm", "fake_quant"),
     ("cpu",),
-    ("device", "formats", "testing"),
+    ("checks", "device", "formats", "testing"),
 )
 MAX_LINES = 400
 BUDGET = 15_000

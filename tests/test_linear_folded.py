@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowbit_kernels.checks import EPILOGUES
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul import (
@@ -18,7 +19,7 @@ from lowbit_kernels.matmul import (
 )
 from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
 from lowbit_kernels.matmul.kernel import linear_triton
-from lowbit_kernels.matmul.op import EPILOGUES, flatten
+from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, merge_statistics
 from lowbit_kernels.modules import FoldedFeedForward, FoldedLinear, QLinear
 from lowbit_kernels.testing import assert_as_accurate
@@ -251,8 +252,6 @@ def test_wrong_arguments_are_named(device):
 
 def test_flops_are_counted(device):
     from torch.utils.flop_counter import FlopCounterMode
-
-    import lowbit_kernels.matmul.flops  # noqa: F401
 
     (x, weight, bias, residual), (after, after_bias) = producer_and_consumer(device)
     with FlopCounterMode(display=False) as counter:

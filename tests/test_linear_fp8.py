@@ -18,13 +18,14 @@ from lowbit_kernels import (
     quantize,
     save_quantized,
 )
+from lowbit_kernels.checks import EPILOGUES
 from lowbit_kernels.conv1d import low_bit_conv1d
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul import linear_reference, low_bit_linear_int8
 from lowbit_kernels.matmul.dispatch import Choice, Gpu, LinearConfig, choose_config, choose_linear
 from lowbit_kernels.matmul.kernel import linear_triton
-from lowbit_kernels.matmul.op import EPILOGUES, flatten
+from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
 from lowbit_kernels.matmul.reference import (
     apply_epilogue,

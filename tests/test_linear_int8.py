@@ -144,6 +144,15 @@ def test_op_is_registered_correctly(out_scale, device):
     torch.library.opcheck(torch.ops.lowbit.linear_int8.default, args)
 
 
+def test_flops_are_those_of_a_matmul(device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, scale, weight, bias, _ = make_levels(2, 3, 16, 70, SPECS["w4g64"], torch.half, device, None)
+    with FlopCounterMode(display=False) as counter:
+        low_bit_linear_int8(q, scale, weight, bias, dtype=torch.float16)
+    assert counter.get_total_flops() == 2 * 6 * 16 * 70
+
+
 def test_wrong_arguments_are_named(device):
     spec = SPECS["w4g64"]
     q, scale, weight, bias, residual = make_levels(2, 3, 16, 70, spec, torch.float16, device, None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lowbit_kernels.checks import EPILOGUES
 from lowbit_kernels.formats import QuantSpec, empty_depthwise_weight, quantize_weight
 from lowbit_kernels.matmul import low_bit_linear, tuned
 from lowbit_kernels.matmul.csrc import CsrcConfig
@@ -23,7 +24,7 @@ from lowbit_kernels.matmul.dispatch import (
     choose_linear,
     weights_per_block,
 )
-from lowbit_kernels.matmul.op import EPILOGUES, flatten
+from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.reference import epilogue_backward_reference, preactivation_reference
 from tests.linear_cases import SPECS, check, make_inputs, specs
 
@@ -148,8 +149,6 @@ def test_autocast_casts_like_linear(device):
 
 def test_flops_are_those_of_a_matmul(device):
     from torch.utils.flop_counter import FlopCounterMode
-
-    import lowbit_kernels.matmul.flops  # noqa: F401
 
     x, weight, bias, _ = make_inputs(4, 6, 70, SPECS["w4g64"], torch.float32, device)
     with FlopCounterMode(display=False) as counter:

@@ -1,6 +1,7 @@
 """CUDA implementations of ops: imported when first called, on the device of their first tensor."""
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,19 +18,23 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
-def implement_on_cuda(op: str, function: str) -> None:
+def implement_on_cuda(op: str, function: str | Callable[..., Any]) -> None:
     """Register an op's CUDA implementation, which takes the op's arguments.
-
-    It is imported on the first call, so that ``import lowbit_kernels`` needs no GPU and no Triton.
 
     Args:
         op: qualified name of the op.
-        function: qualified name of the function.
+        function: the function, which imports what needs a GPU and Triton when it is called, so that
+            ``import lowbit_kernels`` needs neither; or its qualified name, to be imported then.
     """
-    module, _, name = function.rpartition(".")
 
     def call(*args: Any) -> Any:
         with on_device(args[0]):
-            return getattr(importlib.import_module(module), name)(*args)
+            return (_imported(function) if isinstance(function, str) else function)(*args)
 
     torch.library.impl(op, "cuda", call)
+
+
+def _imported(function: str) -> Callable[..., Any]:
+    module, _, name = function.rpartition(".")
+    implementation: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return implementation

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention.position import DenseBias
+from lowbit_kernels.checks import check_dtype
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -35,8 +35,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"q's head dimension must be 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    if q.dtype not in DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
-        raise ValueError(f"q must be fp16, bf16 or fp32 (fp64 on a CPU only), got {q.dtype}")
+    check_dtype("q", q)
 
 
 def check_options(

@@ -21,7 +21,7 @@ from lowbit_kernels.attention.reference import (
     flash_attention_reference,
 )
 from lowbit_kernels.cpu import attention_backward_cpu, attention_cpu, empty_heads
-from lowbit_kernels.device import on_device
+from lowbit_kernels.device import implement_on_cuda
 
 torch.library.define(
     "lowbit::flash_attention",
@@ -37,41 +37,22 @@ torch.library.define(
 
 
 @torch.library.register_fake("lowbit::flash_attention")
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.register_fake("lowbit::flash_attention_backward")
-def _fake_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout_p: float,
-    needs_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, q, _, _, _, _, _, bias, *_, needs_bias_grad = args
     dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
     if bias is None or not needs_bias_grad:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, bias.new_empty(bias.shape)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _cpu_native(q: Tensor) -> bool:
@@ -108,23 +89,14 @@ def _cpu_bias(
 
 
 @torch.library.impl("lowbit::flash_attention", "cpu")
-def _cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, lengths, bias, seed, window, scale, dropout_p = args
+    scale = _scale(q, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         return empty_heads(q), q.new_empty(q.shape[:3], dtype=wide)
     if _cpu_native(q):
-        drop = (0, 0.0) if seed is None else (int(seed), dropout_p)
+        drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
         native = attention_cpu(q, k, v, lengths, bias, window, scale, *drop)
         if native is not None:
             return native
@@ -149,24 +121,12 @@ def _cpu(
 
 
 @torch.library.impl("lowbit::flash_attention_backward", "cpu")
-def _cpu_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout_p: float,
-    needs_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out, q, k, v, out, lse, *options, needs_bias_grad = args
+    lengths, bias, seed, window, scale, dropout_p = options
+    scale = _scale(q, scale)
     if _cpu_native(q):
-        drop = (0, 0.0) if seed is None else (int(seed), dropout_p)
+        drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
         native = attention_backward_cpu(
             grad_out, q, k, v, out, lse, lengths, bias, window, scale, *drop, needs_bias_grad
         )
@@ -184,50 +144,28 @@ def _cpu_backward(
     return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)
 
 
-@torch.library.impl("lowbit::flash_attention", "cuda")
-def _cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.attention.forward_kernel import flash_attention_triton
 
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with on_device(q):
-        return flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
+    q, k, v, lengths, bias, seed, window, scale, dropout_p = args
+    scale = _scale(q, scale)
+    return flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
 
 
-@torch.library.impl("lowbit::flash_attention_backward", "cuda")
-def _cuda_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout_p: float,
-    needs_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
 
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with on_device(q):
-        return flash_attention_backward_triton(
-            grad_out, q, k, v, out, lse,
-            lengths, bias, seed, window, scale, dropout_p, needs_bias_grad,
-        )  # fmt: skip
+    grad_out, q, k, v, out, lse, *options, needs_bias_grad = args
+    lengths, bias, seed, window, scale, dropout_p = options
+    return flash_attention_backward_triton(
+        grad_out, q, k, v, out, lse,
+        lengths, bias, seed, window, _scale(q, scale), dropout_p, needs_bias_grad,
+    )  # fmt: skip
+
+
+implement_on_cuda("lowbit::flash_attention", _cuda)
+implement_on_cuda("lowbit::flash_attention_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

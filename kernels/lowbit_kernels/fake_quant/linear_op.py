@@ -4,23 +4,29 @@ Dimension key: M rows of the input, N output features, K input features; N_out N
 and N without.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit_kernels.device import on_device
-from lowbit_kernels.fake_quant.op import PACKED, check_dtype, flatten, unflatten
+from lowbit_kernels.checks import (
+    autocast,
+    check_dtype,
+    check_epilogue,
+    check_input,
+    check_like,
+    output_shape,
+)
+from lowbit_kernels.device import implement_on_cuda
+from lowbit_kernels.fake_quant.op import PACKED, flatten, unpack
 from lowbit_kernels.fake_quant.quantizer import Quantizer, check_quantizer
 from lowbit_kernels.fake_quant.reference import (
-    as_matrices,
     fake_quantize_backward_reference,
     fake_quantize_reference,
 )
 from lowbit_kernels.matmul.reference import apply_epilogue, epilogue_backward_reference
-
-EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
 
 # what stands for no quantizer in the schemas
 _FLOAT = (None, None, None, -1, 1, 1, 0, "float")
@@ -38,16 +44,11 @@ torch.library.define(
 )
 
 
-def _unpack(packed: tuple[Any, ...], weight: Tensor) -> tuple[Tensor, Quantizer | None]:
+def _unpack_weight(weight: Tensor, packed: list[Any]) -> tuple[Tensor, Quantizer | None]:
     """The weight, contiguous, and its quantizer, whose tensors are matrices."""
     if packed[-1] == "float":
         return weight.contiguous(), None
-    return as_matrices(weight, unflatten(*packed))
-
-
-def _output_shape(x: Tensor, weight: Tensor, epilogue: str | None) -> tuple[int, ...]:
-    N = weight.shape[0]
-    return (*x.shape[:-1], N // 2 if epilogue == "glu" else N)
+    return unpack(weight, packed)
 
 
 def _keeps_rounded(x: Tensor, weight: Tensor, method: str) -> bool:
@@ -56,168 +57,109 @@ def _keeps_rounded(x: Tensor, weight: Tensor, method: str) -> bool:
 
 
 @torch.library.register_fake("lowbit::training_linear")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    save: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    z_shape = (*x.shape[:-1], weight.shape[0]) if save and epilogue is not None else (0,)
-    keeps = save and _keeps_rounded(x, weight, packed[-1])
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, _, _, epilogue, save, *_, method = args
+    N, keeps = weight.shape[0], save and _keeps_rounded(x, weight, method)
     return (
-        x.new_empty(_output_shape(x, weight, epilogue)),
-        x.new_empty(z_shape),
+        x.new_empty(output_shape(x, N, epilogue)),
+        x.new_empty((*x.shape[:-1], N) if save and epilogue is not None else (0,)),
         x.new_empty(weight.shape if keeps else (0,)),
     )
 
 
 @torch.library.register_fake("lowbit::training_linear_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    preactivation: Tensor | None,
-    rounded: Tensor | None,
-    epilogue: str | None,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    learns = needs_weight and packed[-1] in ("lsq", "elastic")
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, x, weight, _, _, _, needs_x, needs_weight, needs_bias, scale, *_, method = args
+    learns = needs_weight and method in ("lsq", "elastic")
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
         x.new_empty(weight.shape[0] if needs_bias else 0),
-        packed[0].new_empty(packed[0].shape) if learns else x.new_empty(0),
+        scale.new_empty(scale.shape) if learns else x.new_empty(0),
     )
 
 
-def _saved(
-    x: Tensor,
-    weight: Tensor,
-    epilogue: str | None,
-    save: bool,
-    method: str,
-    y: Tensor,
-    z: Tensor,
-    rounded: Tensor,
+def _outputs(
+    args: tuple[Any, ...], y: Tensor, z: Tensor, rounded: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's outputs in their shapes: what the backward does not need is empty."""
-    view, empty = torch.ops.aten._unsafe_view, x.new_empty(0)
-    keeps = save and _keeps_rounded(x, weight, method)
+    x, weight, _, _, epilogue, save, *_, method = args
+    view, N = torch.ops.aten._unsafe_view, weight.shape[0]
     return (
-        view(y, _output_shape(x, weight, epilogue)),
-        view(z, (*x.shape[:-1], weight.shape[0])) if save and epilogue is not None else empty,
-        rounded if keeps else x.new_empty(0),
+        view(y, output_shape(x, N, epilogue)),
+        view(z, (*x.shape[:-1], N)) if save and epilogue is not None else x.new_empty(0),
+        rounded if save and _keeps_rounded(x, weight, method) else x.new_empty(0),
     )
 
 
 @torch.library.impl("lowbit::training_linear", "cpu")
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    save: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, quantizer = _unpack(packed, weight)
+def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, residual, epilogue, _, *packed = args
+    rounded, quantizer = _unpack_weight(weight, packed)
     if quantizer is None:
-        rounded = rows.to(x.dtype)
+        rounded = rounded.to(x.dtype)
     else:
-        rounded = fake_quantize_reference(rows, quantizer, x.dtype)
+        rounded = fake_quantize_reference(rounded, quantizer, x.dtype)
     z = F.linear(x.reshape(-1, x.shape[-1]), rounded, bias)
     y = apply_epilogue(z, epilogue)
     if residual is not None:
         y = y + residual.reshape(y.shape)
-    return _saved(x, weight, epilogue, save, packed[-1], y, z, rounded)
+    return _outputs(args, y, z, rounded)
 
 
-@torch.library.impl("lowbit::training_linear", "cuda")
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    save: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.fake_quant.linear_cuda import round_weight_cuda, training_linear_cuda
 
-    with on_device(x):
-        rounded = round_weight_cuda(*_unpack(packed, weight), x.dtype)
-        y, z = training_linear_cuda(x, rounded, bias, residual, epilogue)
-    return _saved(x, weight, epilogue, save, packed[-1], y, z, rounded)
+    x, weight, bias, residual, epilogue, _, *packed = args
+    rounded = round_weight_cuda(*_unpack_weight(weight, packed), x.dtype)
+    return _outputs(args, *training_linear_cuda(x, rounded, bias, residual, epilogue), rounded)
+
+
+def _gradients(
+    args: tuple[Any, ...], dz: Tensor, dbias: Tensor, weight_gradient: Callable[..., Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward's outputs, from the pre-activation's gradient [M, N]."""
+    _, x, weight, _, rounded, _, needs_x, needs_weight, _, *packed = args
+    dx, dweight, dscale = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
+    if needs_x:
+        dx = (dz @ (weight if rounded is None else rounded)).view(x.shape)
+    if needs_weight:
+        rows, quantizer = _unpack_weight(weight, packed)
+        learned = None if quantizer is None or quantizer.method == "ste" else quantizer
+        dweight, found = weight_gradient(dz, x.reshape(-1, x.shape[-1]), rows, learned)
+        dscale = dscale if found is None else found.view(packed[0].shape)
+    return dx, dweight, dbias, dscale
+
+
+def _cpu_weight_gradient(
+    dz: Tensor, x: Tensor, weight: Tensor, learned: Quantizer | None
+) -> tuple[Tensor, Tensor | None]:
+    dweight = dz.t() @ x
+    if learned is None:
+        return dweight.to(weight.dtype), None
+    return fake_quantize_backward_reference(dweight, weight, learned)
 
 
 @torch.library.impl("lowbit::training_linear_backward", "cpu")
-def _cpu_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    preactivation: Tensor | None,
-    rounded: Tensor | None,
-    epilogue: str | None,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, N = grad_y.reshape(-1, grad_y.shape[-1]), weight.shape[0]
-    z = None if preactivation is None else preactivation.reshape(-1, N)
-    dz = epilogue_backward_reference(dy, z, epilogue)
-    dx, dweight, dbias, dscale = (x.new_empty(0) for _ in range(4))
-    if needs_x:
-        dx = (dz @ (weight if rounded is None else rounded)).view(x.shape)
-    if needs_bias:
-        dbias = dz.sum(0)
-    if needs_weight:
-        dweight = dz.t() @ x.reshape(-1, x.shape[-1])
-        rows, quantizer = _unpack(packed, weight)
-        if quantizer is None or quantizer.method == "ste":
-            dweight = dweight.to(weight.dtype)
-        else:
-            dweight, dscale = fake_quantize_backward_reference(dweight, rows, quantizer)
-            dscale = dscale.view(packed[0].shape)
-    return dx, dweight, dbias, dscale
+def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_y, x, weight, preactivation, _, epilogue, _, _, needs_bias, *_ = args
+    z = None if preactivation is None else preactivation.reshape(-1, weight.shape[0])
+    dz = epilogue_backward_reference(grad_y.reshape(-1, grad_y.shape[-1]), z, epilogue)
+    dbias = dz.sum(0) if needs_bias else x.new_empty(0)
+    return _gradients(args, dz, dbias, _cpu_weight_gradient)
 
 
-@torch.library.impl("lowbit::training_linear_backward", "cuda")
-def _cuda_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    preactivation: Tensor | None,
-    rounded: Tensor | None,
-    epilogue: str | None,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lowbit_kernels.fake_quant import linear_cuda
 
-    dx, dweight, dscale = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
-    with on_device(x):
-        dz, dbias = linear_cuda.preactivation_gradient_cuda(
-            grad_y, preactivation, epilogue, needs_bias
-        )
-        if needs_x:
-            dx = (dz @ (weight if rounded is None else rounded)).view(x.shape)
-        if needs_weight:
-            rows, quantizer = _unpack(packed, weight)
-            learned = None if quantizer is None or quantizer.method == "ste" else quantizer
-            x_rows = x.reshape(-1, x.shape[-1])
-            dweight, found = linear_cuda.weight_gradient_cuda(dz, x_rows, rows, learned)
-            dscale = dscale if found is None else found.view(packed[0].shape)
-    return dx, dweight, dbias, dscale
+    grad_y, _, _, z, _, epilogue, _, _, needs_bias, *_ = args
+    dz, dbias = linear_cuda.preactivation_gradient_cuda(grad_y, z, epilogue, needs_bias)
+    return _gradients(args, dz, dbias, linear_cuda.weight_gradient_cuda)
+
+
+implement_on_cuda("lowbit::training_linear", _cuda)
+implement_on_cuda("lowbit::training_linear_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -268,40 +210,15 @@ torch.library.register_autograd("lowbit::training_linear", _backward, setup_cont
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None
 ) -> None:
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue must be one of {EPILOGUES}, got {epilogue!r}")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be [N, K] and not empty, got shape {tuple(weight.shape)}")
+    N, K = weight.shape
+    check_epilogue(epilogue, N)
     check_dtype("x", x)
     check_dtype("weight", weight)
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x must be [..., K] with K = {K}, got shape {tuple(x.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if epilogue == "glu" and N % 2:
-        raise ValueError(f"epilogue 'glu' needs an even number of rows, got N = {N}")
-    shapes = {"bias": (N,), "residual": _output_shape(x, weight, epilogue)}
-    for name, tensor in (("bias", bias), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name} must be {x.dtype} on {x.device} like x, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-
-
-def autocast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an argument of F.linear: fp64 and integers stay."""
-    # autocast does not know the meta device
-    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    check_input(x, K, weight)
+    check_like("bias", bias, (N,), x.dtype, x)
+    check_like("residual", residual, output_shape(x, N, epilogue), x.dtype, x)
 
 
 def training_linear(
@@ -339,9 +256,7 @@ def training_linear(
     Raises:
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
     """
-    x = autocast(x)
-    bias = None if bias is None else autocast(bias)
-    residual = None if residual is None else autocast(residual)
+    x, bias, residual = autocast(x, bias, residual)
     _check(x, weight, bias, residual, epilogue)
     if quantizer is not None:
         check_quantizer(quantizer, "weight", weight)

@@ -5,12 +5,14 @@ Dimension key: K the last dimension, M rows, all others together; S scale groups
 A quantizer travels flat through the schemas, as ``PACKED`` lists it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_kernels.device import on_device
+from lowbit_kernels.checks import check_dtype
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.fake_quant.quantizer import Levels, Quantizer, check_quantizer
 from lowbit_kernels.fake_quant.reference import (
     as_matrices,
@@ -18,7 +20,6 @@ from lowbit_kernels.fake_quant.reference import (
     fake_quantize_reference,
 )
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PACKED = (
     "Tensor? scale, Tensor? group_scale, Tensor? center, int low, int high, int step, "
     "int group_size, str method"
@@ -40,67 +41,58 @@ def flatten(quantizer: Quantizer) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def unflatten(
-    scale: Tensor | None,
-    group_scale: Tensor | None,
-    center: Tensor | None,
-    low: int,
-    high: int,
-    step: int,
-    group_size: int,
-    method: str,
-) -> Quantizer:
-    """Inverse of ``flatten``."""
-    return Quantizer(Levels(low, high, step), scale, method, group_scale, group_size, center)
+def unpack(x: Tensor, packed: Sequence[Any]) -> tuple[Tensor, Quantizer]:
+    """x [..., K] as [M, K], and the quantizer that ``flatten`` took apart, as matrices."""
+    scale, group_scale, center, low, high, step, group_size, method = packed
+    levels = Levels(low, high, step)
+    return as_matrices(x, Quantizer(levels, scale, method, group_scale, group_size, center))
 
 
 @torch.library.register_fake("lowbit::fake_quantize")
-def _fake(x: Tensor, *packed: Any) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("lowbit::fake_quantize_backward")
-def _fake_backward(grad: Tensor, x: Tensor, scale: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(scale.shape)
 
 
 @torch.library.impl("lowbit::fake_quantize", "cpu")
 def _cpu(x: Tensor, *packed: Any) -> Tensor:
-    rows, quantizer = as_matrices(x, unflatten(*packed))
-    y = fake_quantize_reference(rows, quantizer)
-    out: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
-    return out
-
-
-@torch.library.impl("lowbit::fake_quantize", "cuda")
-def _cuda(x: Tensor, *packed: Any) -> Tensor:
-    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
-    from lowbit_kernels.fake_quant.elementwise_kernel import fake_quantize_triton
-
-    rows, quantizer = as_matrices(x, unflatten(*packed))
-    with on_device(x):
-        y = fake_quantize_triton(rows, quantizer, x.dtype)
+    y = fake_quantize_reference(*unpack(x, packed))
     out: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
     return out
 
 
 @torch.library.impl("lowbit::fake_quantize_backward", "cpu")
 def _cpu_backward(grad: Tensor, x: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
-    rows, quantizer = as_matrices(x, unflatten(*packed))
+    rows, quantizer = unpack(x, packed)
     grad = grad.reshape(rows.shape).contiguous()
     dx, dscale = fake_quantize_backward_reference(grad, rows, quantizer)
     return dx.view(x.shape), dscale.view(packed[0].shape)
 
 
-@torch.library.impl("lowbit::fake_quantize_backward", "cuda")
+def _cuda(x: Tensor, *packed: Any) -> Tensor:
+    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
+    from lowbit_kernels.fake_quant.elementwise_kernel import fake_quantize_triton
+
+    y = fake_quantize_triton(*unpack(x, packed), x.dtype)
+    out: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+    return out
+
+
 def _cuda_backward(grad: Tensor, x: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.fake_quant.elementwise_kernel import fake_quantize_backward_triton
 
-    rows, quantizer = as_matrices(x, unflatten(*packed))
+    rows, quantizer = unpack(x, packed)
     grad = grad.reshape(1, *rows.shape).contiguous()
-    with on_device(x):
-        dx, dscale = fake_quantize_backward_triton(grad, rows, quantizer)
+    dx, dscale = fake_quantize_backward_triton(grad, rows, quantizer)
     return dx.view(x.shape), dscale.view(packed[0].shape)
+
+
+implement_on_cuda("lowbit::fake_quantize", _cuda)
+implement_on_cuda("lowbit::fake_quantize_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,11 +114,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("lowbit::fake_quantize", _backward, setup_context=_setup_context)
-
-
-def check_dtype(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        raise ValueError(f"{name} must be fp16, bf16 or fp32 (fp64 on a CPU only), got {x.dtype}")
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:

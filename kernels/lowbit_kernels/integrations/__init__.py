@@ -21,6 +21,7 @@ def _register_with_transformers() -> None:
 
 def _register_flop_formulas() -> None:
     import lowbit_kernels.conv1d.flops
+    import lowbit_kernels.fake_quant.flops
     import lowbit_kernels.matmul.flops  # noqa: F401
 
 

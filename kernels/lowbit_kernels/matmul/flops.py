@@ -14,81 +14,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lowbit_kernels.matmul import folded_op as _folded_op  # noqa: F401  (defines the ops)
 from lowbit_kernels.matmul import int8_op as _int8_op  # noqa: F401  (defines the op)
-from lowbit_kernels.matmul import op as _op  # noqa: F401  (defines the ops)
+from lowbit_kernels.matmul.op import PACKED
 
-
-@register_flop_formula(torch.ops.lowbit.linear_int8)
-def _linear_int8_flops(
-    q_shape: Sequence[int],
-    q_scale_shape: Any,
-    bias_shape: Any,
-    residual_shape: Any,
-    epilogue: str | None,
-    dtype: Any,
-    out_scale_shape: Any,
-    qweight_shape: Sequence[int],
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """2 M N K, of integers."""
-    return 2 * math.prod(q_shape) * qweight_shape[0]
-
-
-@register_flop_formula(torch.ops.lowbit.linear_normed)
-def _linear_normed_flops(
-    x_shape: Sequence[int],
-    stats_shape: Any,
-    weight_sum_shape: Any,
-    eps: float,
-    bias_shape: Any,
-    residual_shape: Any,
-    epilogue: str | None,
-    qweight_shape: Sequence[int],
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """2 M N K, as without the norm."""
-    return 2 * math.prod(x_shape) * qweight_shape[0]
+_ops = torch.ops.lowbit
+# a packed weight, which its integers open, closes the arguments of every op
+_QWEIGHT = -len(PACKED.split(","))
+_K = _QWEIGHT + PACKED.split(", ").index("int K")
 
 
 @register_flop_formula(
-    [
-        torch.ops.lowbit.linear,
-        torch.ops.lowbit.linear_train,
-        torch.ops.lowbit.linear_with_stats,
-    ]
+    [_ops.linear, _ops.linear_train, _ops.linear_with_stats, _ops.linear_normed, _ops.linear_int8]
 )
-def _linear_flops(
-    x_shape: Sequence[int],
-    bias_shape: Any,
-    residual_shape: Any,
-    epilogue: str | None,
-    qweight_shape: Sequence[int],
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
+def _forward_flops(x_shape: Sequence[int], *args: Any, **_: Any) -> int:
     """2 M N K: a multiplication and an addition a weight and row, as PyTorch counts a matmul."""
-    return 2 * math.prod(x_shape) * qweight_shape[0]
+    return 2 * math.prod(x_shape) * int(args[_QWEIGHT][0])
 
 
-@register_flop_formula(torch.ops.lowbit.linear_backward)
-def _linear_backward_flops(
-    grad_y_shape: Sequence[int],
-    preactivation_shape: Any,
-    epilogue: str | None,
-    needs_bias_grad: bool,
-    qweight_shape: Sequence[int],
-    scale_shape: Any,
-    group_scale_shape: Any,
-    zero_point_shape: Any,
-    input_scale_shape: Any,
-    K: int,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
+@register_flop_formula(_ops.linear_backward)
+def _backward_flops(grad_y_shape: Sequence[int], *args: Any, **_: Any) -> int:
     """2 M N K for dx; the weight is frozen."""
-    return 2 * math.prod(grad_y_shape[:-1]) * qweight_shape[0] * K
+    return 2 * math.prod(grad_y_shape[:-1]) * int(args[_QWEIGHT][0] * args[_K])

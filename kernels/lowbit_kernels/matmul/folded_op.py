@@ -12,17 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import check_input, check_like, output_shape
 from lowbit_kernels.cpu.linear import linear_cpu
-from lowbit_kernels.device import on_device
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.formats import QuantizedWeight
-from lowbit_kernels.matmul.op import (
-    PACKED,
-    check_like,
-    check_weight,
-    flatten,
-    output_shape,
-    unflatten,
-)
+from lowbit_kernels.matmul.op import PACKED, check_weight, empty_output, flatten, unpack
 from lowbit_kernels.matmul.reference import (
     InputNorm,
     linear_normed_reference,
@@ -50,47 +44,27 @@ def _empty_stats(x: Tensor, N: int) -> Tensor:
 
 
 @torch.library.register_fake("lowbit::linear_with_stats")
-def _fake_with_stats(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> tuple[Tensor, Tensor]:
-    N = packed[0].shape[0]
-    return x.new_empty(output_shape(x, N, epilogue)), _empty_stats(x, N)
+def _fake_with_stats(*args: Any) -> tuple[Tensor, Tensor]:
+    x, _, _, epilogue, weight = unpack(args)
+    return empty_output(x, weight.N, epilogue), _empty_stats(x, weight.N)
 
 
 @torch.library.register_fake("lowbit::linear_normed")
-def _fake_normed(
-    x: Tensor,
-    stats: Tensor,
-    weight_sum: Tensor,
-    eps: float,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    *packed: Any,
-) -> Tensor:
-    return x.new_empty(output_shape(x, packed[0].shape[0], epilogue))
+def _fake_normed(*args: Any) -> Tensor:
+    x, *_, epilogue, weight = unpack(args)
+    return empty_output(x, weight.N, epilogue)
 
 
 @torch.library.impl("lowbit::linear_with_stats", "cpu")
-def _cpu_with_stats(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> tuple[Tensor, Tensor]:
-    y = linear_cpu(x, unflatten(*packed), bias, residual, epilogue)
+def _cpu_with_stats(*args: Any) -> tuple[Tensor, Tensor]:
+    x, bias, residual, epilogue, weight = unpack(args)
+    y = linear_cpu(x, weight, bias, residual, epilogue)
     return y, row_statistics(y.reshape(-1, y.shape[-1]))
 
 
 @torch.library.impl("lowbit::linear_normed", "cpu")
-def _cpu_normed(
-    x: Tensor,
-    stats: Tensor,
-    weight_sum: Tensor,
-    eps: float,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    *packed: Any,
-) -> Tensor:
-    weight = unflatten(*packed)
+def _cpu_normed(*args: Any) -> Tensor:
+    x, stats, weight_sum, eps, bias, residual, epilogue, weight = unpack(args)
     # rounded to 16 bits only once the mean is gone
     sums = linear_cpu(x.reshape(-1, weight.K).float(), weight)
     rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
@@ -100,40 +74,32 @@ def _cpu_normed(
     return out
 
 
-@torch.library.impl("lowbit::linear_with_stats", "cuda")
-def _cuda_with_stats(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> tuple[Tensor, Tensor]:
+def _cuda_with_stats(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.matmul.cuda import linear_folded_cuda
 
-    weight = unflatten(*packed)
+    x, bias, residual, epilogue, weight = unpack(args)
     stats = _empty_stats(x, weight.N)
-    with on_device(x):
-        y = linear_folded_cuda(x, weight, bias, residual, epilogue, stats=stats)
-    return y, stats
+    return linear_folded_cuda(x, weight, bias, residual, epilogue, stats=stats), stats
 
 
-@torch.library.impl("lowbit::linear_normed", "cuda")
-def _cuda_normed(
-    x: Tensor,
-    stats: Tensor,
-    weight_sum: Tensor,
-    eps: float,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    *packed: Any,
-) -> Tensor:
+def _cuda_normed(*args: Any) -> Tensor:
     from lowbit_kernels.matmul.cuda import linear_folded_cuda
 
-    weight = unflatten(*packed)
+    x, stats, weight_sum, eps, bias, residual, epilogue, weight = unpack(args)
     norm = InputNorm(stats.contiguous(), weight_sum.contiguous(), weight.K, eps)
-    with on_device(x):
-        return linear_folded_cuda(x, weight, bias, residual, epilogue, norm=norm)
+    return linear_folded_cuda(x, weight, bias, residual, epilogue, norm=norm)
+
+
+implement_on_cuda("lowbit::linear_with_stats", _cuda_with_stats)
+implement_on_cuda("lowbit::linear_normed", _cuda_normed)
 
 
 def _check(
-    x: Tensor, weight: QuantizedWeight, epilogue: str | None, *others: Tensor | None
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    epilogue: str | None,
 ) -> None:
     """Refuse what is served with neither statistics nor a folded norm."""
     check_weight(weight, epilogue)
@@ -146,11 +112,11 @@ def _check(
         raise NotImplementedError("deterministic=True is served on CUDA only, got x on a CPU")
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be fp16 or bf16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.K:
-        raise ValueError(f"x must be [..., K] with K = {weight.K}, got shape {list(x.shape)}")
-    if weight.qweight.device != x.device:
-        raise ValueError(f"weight must be on x's device {x.device}, got {weight.qweight.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+    check_input(x, weight.K, weight.qweight)
+    check_like("bias", bias, (weight.N,), x.dtype, x)
+    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
+    tensors = (x, bias, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(
             "a folded LayerNorm has no gradient: call it under torch.no_grad(), or train with "
             "low_bit_linear after nn.LayerNorm"
@@ -183,11 +149,9 @@ def low_bit_linear_with_stats(
         NotImplementedError: for ``"glu"``, an asymmetric weight or quantized inputs; where a
             gradient is asked for; for ``deterministic=True`` on a CPU.
     """
-    _check(x, weight, epilogue, bias, residual)
+    _check(x, weight, bias, residual, epilogue)
     if epilogue == "glu":
         raise NotImplementedError("row statistics are served without epilogue 'glu', got 'glu'")
-    check_like("bias", bias, (weight.N,), x.dtype, x)
-    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
     y: Tensor
     y, stats = torch.ops.lowbit.linear_with_stats.default(
         x, bias, residual, epilogue, *flatten(weight)
@@ -237,12 +201,10 @@ def low_bit_linear_normed(
         NotImplementedError: for an asymmetric weight or quantized inputs; where a gradient is asked
             for; for ``deterministic=True`` on a CPU.
     """
-    _check(x, weight, epilogue, bias, residual)
+    _check(x, weight, bias, residual, epilogue)
     stats_shape = (num_stats_tiles(weight.K), 2, x.shape[:-1].numel())
     check_like("stats", stats, stats_shape, torch.float32, x)
     check_like("weight_sum", weight_sum, (weight.N,), torch.int32, x)
-    check_like("bias", bias, (weight.N,), x.dtype, x)
-    check_like("residual", residual, output_shape(x, weight.N, epilogue), x.dtype, x)
     y: Tensor = torch.ops.lowbit.linear_normed.default(
         x, stats, weight_sum, eps, bias, residual, epilogue, *flatten(weight)
     )

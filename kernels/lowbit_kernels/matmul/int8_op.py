@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import DTYPES, check_like, output_shape
 from lowbit_kernels.cpu.linear import linear_int8_cpu
-from lowbit_kernels.device import on_device
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.formats import QuantizedWeight
-from lowbit_kernels.matmul.op import (
-    DTYPES,
-    PACKED,
-    check_like,
-    check_weight,
-    flatten,
-    output_shape,
-    unflatten,
-)
+from lowbit_kernels.matmul.op import PACKED, check_weight, empty_output, flatten, unpack
 from lowbit_kernels.matmul.reference import quantize_rows
 
 torch.library.define(
@@ -30,56 +23,30 @@ torch.library.define(
 
 
 @torch.library.register_fake("lowbit::linear_int8")
-def _fake(
-    q: Tensor,
-    q_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    dtype: torch.dtype,
-    out_scale: Tensor | None,
-    *packed: Any,
-) -> Tensor:
-    shape = output_shape(q, packed[0].shape[0], epilogue)
-    return q.new_empty(shape, dtype=dtype if out_scale is None else torch.int8)
+def _fake(*args: Any) -> Tensor:
+    q, _, _, _, epilogue, dtype, out_scale, weight = unpack(args)
+    return empty_output(q, weight.N, epilogue, dtype if out_scale is None else torch.int8)
 
 
 @torch.library.impl("lowbit::linear_int8", "cpu")
-def _cpu(
-    q: Tensor,
-    q_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    dtype: torch.dtype,
-    out_scale: Tensor | None,
-    *packed: Any,
-) -> Tensor:
-    y = linear_int8_cpu(q, q_scale, unflatten(*packed), bias, residual, epilogue)
+def _cpu(*args: Any) -> Tensor:
+    q, q_scale, bias, residual, epilogue, dtype, out_scale, weight = unpack(args)
+    y = linear_int8_cpu(q, q_scale, weight, bias, residual, epilogue)
     if out_scale is None:
         return y.to(dtype)
     rows = y.reshape(-1, y.shape[-1])
     return quantize_rows(rows, out_scale.expand(len(rows))).reshape(y.shape)
 
 
-@torch.library.impl("lowbit::linear_int8", "cuda")
-def _cuda(
-    q: Tensor,
-    q_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-    dtype: torch.dtype,
-    out_scale: Tensor | None,
-    *packed: Any,
-) -> Tensor:
+def _cuda(*args: Any) -> Tensor:
     from lowbit_kernels.matmul.cuda import linear_int8_cuda
 
+    q, q_scale, bias, residual, epilogue, dtype, out_scale, weight = unpack(args)
     dtype = dtype if out_scale is None else torch.int8
-    with on_device(q):
-        return linear_int8_cuda(
-            q, q_scale, unflatten(*packed), bias, residual, epilogue, dtype, out_scale
-        )
+    return linear_int8_cuda(q, q_scale, weight, bias, residual, epilogue, dtype, out_scale)
+
+
+implement_on_cuda("lowbit::linear_int8", _cuda)
 
 
 def low_bit_linear_int8(

@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import (
+    MAX_K_INT8,
+    autocast,
+    check_dtype,
+    check_epilogue,
+    check_input,
+    check_like,
+    output_shape,
+)
 from lowbit_kernels.cpu.linear import linear_cpu
-from lowbit_kernels.device import on_device
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import (
     apply_epilogue,
@@ -22,12 +31,7 @@ from lowbit_kernels.matmul.reference import (
     linear_reference,
 )
 
-EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INPUTS = (None, "int8", "fp8")
-
-# int32 sums of products up to 127 * 128 cannot overflow below
-MAX_K_INT8 = (2**31 - 1) // (127 * 128)
 
 PACKED = (
     "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point, Tensor? input_scale, "
@@ -57,64 +61,46 @@ def flatten(weight: QuantizedWeight) -> tuple[Any, ...]:
 
 @functools.cache
 def _spec(
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    inputs: str | None,
-    input_scale_kind: str,
-    deterministic: bool,
+    bits: int, group_size: int, symmetric: bool, inputs: str | None, input_scale: str, fixed: bool
 ) -> QuantSpec:
-    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale_kind, deterministic)
+    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale, fixed)
 
 
-def unflatten(
-    qweight: Tensor,
-    scale: Tensor,
-    group_scale: Tensor | None,
-    zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    K: int,
-    bits: int,
-    group_size: int,
-    inputs: str | None,
-    input_scale_kind: str,
-    deterministic: bool,
-) -> QuantizedWeight:
-    """The weight that ``flatten`` took apart."""
+def unpack(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an op, of which the last becomes the weight that ``flatten`` took apart."""
+    (
+        qweight, scale, group_scale, zero_point, input_scale,
+        K, bits, group_size, inputs, input_scale_kind, deterministic,
+    ) = args[-11:]  # fmt: skip
     spec = _spec(bits, group_size, zero_point is None, inputs, input_scale_kind, deterministic)
-    return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
+    weight = QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
+    return *args[:-11], weight
 
 
-def output_shape(x: Tensor, N: int, epilogue: str | None) -> tuple[int, ...]:
-    """[..., N_out] for x [..., K]."""
-    return (*x.shape[:-1], N // 2 if epilogue == "glu" else N)
+def empty_output(
+    x: Tensor, N: int, epilogue: str | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uninitialized [..., N_out] for x [..., K]."""
+    return x.new_empty(output_shape(x, N, epilogue), dtype=dtype)
 
 
 @torch.library.register_fake("lowbit::linear")
-def _fake(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> Tensor:
-    return x.new_empty(output_shape(x, packed[0].shape[0], epilogue))
+def _fake(*args: Any) -> Tensor:
+    x, _, _, epilogue, weight = unpack(args)
+    return empty_output(x, weight.N, epilogue)
 
 
 @torch.library.register_fake("lowbit::linear_train")
-def _fake_train(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> tuple[Tensor, Tensor]:
-    N = packed[0].shape[0]
-    return x.new_empty(output_shape(x, N, epilogue)), x.new_empty(*x.shape[:-1], N)
+def _fake_train(*args: Any) -> tuple[Tensor, Tensor]:
+    x, _, _, epilogue, weight = unpack(args)
+    return empty_output(x, weight.N, epilogue), empty_output(x, weight.N, None)
 
 
 @torch.library.register_fake("lowbit::linear_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    preactivation: Tensor | None,
-    epilogue: str | None,
-    needs_bias_grad: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor]:
-    N, K = packed[0].shape[0], packed[5]
-    return grad_y.new_empty(*grad_y.shape[:-1], K), grad_y.new_empty(N if needs_bias_grad else 0)
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    grad_y, _, _, needs_bias_grad, weight = unpack(args)
+    dx = grad_y.new_empty(*grad_y.shape[:-1], weight.K)
+    return dx, grad_y.new_empty(weight.N if needs_bias_grad else 0)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -128,7 +114,7 @@ def _cpu_forward(
     residual: Tensor | None,
     epilogue: str | None,
 ) -> Tensor:
-    """[M, N_out] from x [..., K]."""
+    """[..., N_out], or its rows, from x [..., K]."""
     spec, scale_rows = weight.spec, None
     if spec.inputs is not None and spec.input_scale != "token":
         scale_rows = input_scale_rows(x, spec.input_scale, weight.input_scale, spec.inputs)
@@ -139,28 +125,24 @@ def _cpu_forward(
             f"got {epilogue!r}: use inputs='int8'"
         )
     # no processor multiplies fp8, and fp64 is for checking gradients: nothing but exactness counts
-    compute = linear_reference if is_fp8 or x.dtype == torch.float64 else linear_cpu
-    return compute(
-        x.reshape(-1, x.shape[-1]), weight, bias, _rows(residual), epilogue, x_scale_rows=scale_rows
-    )
+    if is_fp8 or x.dtype == torch.float64:
+        rows, residual = x.reshape(-1, x.shape[-1]), _rows(residual)
+        return linear_reference(rows, weight, bias, residual, epilogue, x_scale_rows=scale_rows)
+    return linear_cpu(x, weight, bias, residual, epilogue, x_scale_rows=scale_rows)
 
 
 @torch.library.impl("lowbit::linear", "cpu")
-def _cpu(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> Tensor:
-    weight = unflatten(*packed)
+def _cpu(*args: Any) -> Tensor:
+    x, bias, residual, epilogue, weight = unpack(args)
     y = _cpu_forward(x, weight, bias, residual, epilogue)
     # a view would refuse to be written into by whoever gets it
-    out: Tensor = torch.ops.aten._unsafe_view(y, output_shape(x, weight.N, epilogue))
+    out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return out
 
 
 @torch.library.impl("lowbit::linear_train", "cpu")
-def _cpu_train(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> tuple[Tensor, Tensor]:
-    weight = unflatten(*packed)
+def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
+    x, bias, residual, epilogue, weight = unpack(args)
     z = _cpu_forward(x, weight, bias, None, None).view(*x.shape[:-1], weight.N)
     if weight.spec.deterministic:  # the bits of inference, whose activation is the kernel's
         y = _cpu_forward(x, weight, bias, residual, epilogue)
@@ -171,58 +153,41 @@ def _cpu_train(
 
 
 @torch.library.impl("lowbit::linear_backward", "cpu")
-def _cpu_backward(
-    grad_y: Tensor,
-    preactivation: Tensor | None,
-    epilogue: str | None,
-    needs_bias_grad: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor]:
-    weight = unflatten(*packed)
+def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    grad_y, preactivation, epilogue, needs_bias_grad, weight = unpack(args)
     dy = grad_y.reshape(-1, grad_y.shape[-1])
     dx, dbias = linear_backward_reference(dy, _rows(preactivation), weight, epilogue)
     dbias = dbias if needs_bias_grad else grad_y.new_empty(0)
     return dx.view(*grad_y.shape[:-1], weight.K), dbias
 
 
-@torch.library.impl("lowbit::linear", "cuda")
-def _cuda(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> Tensor:
+def _cuda(*args: Any) -> Tensor:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.matmul.cuda import linear_cuda
 
-    with on_device(x):
-        y, _ = linear_cuda(x, unflatten(*packed), bias, residual, epilogue)
-    return y
+    x, bias, residual, epilogue, weight = unpack(args)
+    return linear_cuda(x, weight, bias, residual, epilogue)[0]
 
 
-@torch.library.impl("lowbit::linear_train", "cuda")
-def _cuda_train(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, epilogue: str | None, *packed: Any
-) -> tuple[Tensor, Tensor]:
+def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.matmul.cuda import linear_cuda
 
-    with on_device(x):
-        y, z = linear_cuda(x, unflatten(*packed), bias, residual, epilogue, want_preactivation=True)
+    x, bias, residual, epilogue, weight = unpack(args)
+    y, z = linear_cuda(x, weight, bias, residual, epilogue, want_preactivation=True)
     assert z is not None, "asked for"
     return y, z
 
 
-@torch.library.impl("lowbit::linear_backward", "cuda")
-def _cuda_backward(
-    grad_y: Tensor,
-    preactivation: Tensor | None,
-    epilogue: str | None,
-    needs_bias_grad: bool,
-    *packed: Any,
-) -> tuple[Tensor, Tensor]:
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.matmul.cuda import linear_backward_cuda
 
-    with on_device(grad_y):
-        return linear_backward_cuda(
-            grad_y, preactivation, unflatten(*packed), epilogue, needs_bias_grad
-        )
+    grad_y, preactivation, epilogue, needs_bias_grad, weight = unpack(args)
+    return linear_backward_cuda(grad_y, preactivation, weight, epilogue, needs_bias_grad)
+
+
+implement_on_cuda("lowbit::linear", _cuda)
+implement_on_cuda("lowbit::linear_train", _cuda_train)
+implement_on_cuda("lowbit::linear_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -281,40 +246,7 @@ def check_weight(weight: QuantizedWeight, epilogue: str | None) -> None:
             raise ValueError(
                 f"K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
             )
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue must be one of {EPILOGUES}, got {epilogue!r}")
-    if epilogue == "glu" and weight.N % 2:
-        raise ValueError(f"epilogue 'glu' needs an even number of rows, got N = {weight.N}")
-
-
-def _check_input(x: Tensor, weight: QuantizedWeight) -> None:
-    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64 on a CPU only), got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.K:
-        raise ValueError(f"x must be [..., K] with K = {weight.K}, got shape {list(x.shape)}")
-    if weight.qweight.device != x.device:
-        raise ValueError(f"weight must be on x's device {x.device}, got {weight.qweight.device}")
-
-
-def check_like(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor
-) -> None:
-    """Refuse a tensor of another shape or dtype, or on another device than x."""
-    if tensor is None:
-        return
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != dtype or tensor.device != x.device:
-        raise ValueError(
-            f"{name} must be {dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
-        )
-
-
-def _autocast(tensor: Tensor, device_type: str) -> Tensor:
-    """What autocast makes of an argument of F.linear: fp64 and integers stay."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    check_epilogue(epilogue, weight.qweight.shape[0])
 
 
 def low_bit_linear(
@@ -360,13 +292,9 @@ def low_bit_linear(
             ``"fp8"``, or ``"fp8"`` on a GPU without it.
     """
     check_weight(weight, epilogue)
-    device_type = x.device.type
-    # autocast does not know the meta device
-    if not x.is_meta and torch.is_autocast_enabled(device_type):
-        x = _autocast(x, device_type)
-        bias = None if bias is None else _autocast(bias, device_type)
-        residual = None if residual is None else _autocast(residual, device_type)
-    _check_input(x, weight)
+    x, bias, residual = autocast(x, bias, residual)
+    check_dtype("x", x)
+    check_input(x, weight.K, weight.qweight)
     N = weight.qweight.shape[0]
     check_like("bias", bias, (N,), x.dtype, x)
     if residual is not None:

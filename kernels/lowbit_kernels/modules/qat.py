@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lowbit_kernels.checks import autocast
 from lowbit_kernels.fake_quant import (
     Levels,
     Quantizer,
-    autocast,
     fake_quantize,
     initial_scale,
     training_linear,
@@ -151,7 +151,7 @@ class QATLinear(nn.Linear):
         spec = self.spec
         if spec.inputs is None:
             return x
-        x = autocast(x)
+        (x,) = autocast(x)
         levels = Levels.of_input(_INPUT_BITS[spec.inputs])
         if spec.input_scale == "token":
             return fake_quantize(x, Quantizer(levels))

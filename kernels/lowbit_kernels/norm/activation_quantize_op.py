@@ -9,14 +9,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import EPILOGUES, check_dtype, output_shape
 from lowbit_kernels.cpu import activation_quantize_cpu
 from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.matmul.reference import epilogue_backward_reference
-from lowbit_kernels.norm.checks import check_float_input
 from lowbit_kernels.norm.levels import aligned_levels, empty_levels
 from lowbit_kernels.norm.reference import activation_quantize_reference
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "glu")
+ACTIVATIONS = EPILOGUES[1:]
 
 torch.library.define(
     "lowbit::activation_quantize",
@@ -29,15 +29,13 @@ torch.library.define(
 
 
 @torch.library.register_fake("lowbit::activation_quantize")
-def _fake(
-    x: Tensor, activation: str, static_scale: Tensor | None, return_dequantized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    *batch, width = x.shape
-    shape = (*batch, width // 2 if activation == "glu" else width)
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, activation, _, return_dequantized = args
+    shape = output_shape(x, x.shape[-1], activation)
     return (
         x.new_empty(shape if return_dequantized else 0),
         empty_levels(shape, x.device),
-        x.new_empty((*batch, 1), dtype=torch.float32),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
     )
 
 
@@ -47,11 +45,10 @@ def _fake_backward(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
 
 
 @torch.library.impl("lowbit::activation_quantize", "cpu")
-def _cpu(
-    x: Tensor, activation: str, static_scale: Tensor | None, return_dequantized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, activation, static_scale, return_dequantized = args
     if x.dtype == torch.float32:
-        native = activation_quantize_cpu(x, activation, static_scale, return_dequantized)
+        native = activation_quantize_cpu(*args)
         if native is not None:
             y, q, scale = native
             return y, aligned_levels(q), scale
@@ -85,9 +82,7 @@ def _setup_context(
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_q: None, grad_scale: None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return None, None, None, None
     (x,) = ctx.saved_tensors
@@ -161,7 +156,7 @@ def activation_quantize(
         raise ValueError(f"x must be [..., N] with N >= 1, got shape {tuple(x.shape)}")
     if activation == "glu" and x.shape[-1] % 2:
         raise ValueError(f"x must be [..., 2 N] with 'glu', got shape {tuple(x.shape)}")
-    check_float_input("x", x)
+    check_dtype("x", x)
     if scale is not None and (
         scale.dim() or scale.dtype != torch.float32 or scale.device != x.device
     ):

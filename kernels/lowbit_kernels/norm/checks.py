@@ -1,19 +1,11 @@
-"""What both normalizations refuse."""
+"""What the normalizations refuse."""
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from lowbit_kernels.checks import EPILOGUES
 
-
-def check_float_input(name: str, x: Tensor) -> None:
-    """Refuse a dtype that the kernels do not serve.
-
-    Raises:
-        ValueError: naming the argument, the dtypes served and the one received.
-    """
-    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        raise ValueError(f"{name} must be fp16, bf16 or fp32 (fp64 on a CPU only), got {x.dtype}")
+ACTIVATIONS = tuple(name for name in EPILOGUES if name != "glu")
 
 
 def check_parameter(name: str, parameter: Tensor, x: Tensor, size: int) -> None:
@@ -28,4 +20,23 @@ def check_parameter(name: str, parameter: Tensor, x: Tensor, size: int) -> None:
         raise ValueError(
             f"{name} must be floating point on {x.device}, "
             f"got {parameter.dtype} on {parameter.device}"
+        )
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse an activation that no normalization is followed by."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+    """Refuse lengths that are not [B], integers, on x's device."""
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths must be int32 or int64, got {lengths.dtype}")
+    if lengths.shape != x.shape[:1] or lengths.device != x.device:
+        raise ValueError(
+            f"lengths must be [{x.shape[0]}] on {x.device}, "
+            f"got {list(lengths.shape)} on {lengths.device}"
         )

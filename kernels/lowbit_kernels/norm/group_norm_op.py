@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import check_dtype
 from lowbit_kernels.cpu import group_norm_backward_cpu, group_norm_cpu
 from lowbit_kernels.device import implement_on_cuda
-from lowbit_kernels.norm.checks import check_float_input, check_parameter
+from lowbit_kernels.norm.checks import check_parameter
 
 torch.library.define(
     "lowbit::masked_group_norm",
@@ -25,25 +26,16 @@ torch.library.define(
 
 
 @torch.library.register_fake("lowbit::masked_group_norm")
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None, num_groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, _, _, num_groups, _ = args
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.new_empty(x.shape[0], num_groups, dtype=wide)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("lowbit::masked_group_norm_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    lengths: Tensor | None,
-    num_groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, x, weight, bias, *_ = args
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
@@ -59,11 +51,10 @@ def _cpu_runs(x: Tensor, lengths: Tensor | None) -> list[tuple[slice, int]]:
 
 
 @torch.library.impl("lowbit::masked_group_norm", "cpu")
-def _cpu(
-    x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None, num_groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, lengths, num_groups, eps = args
     if x.dtype == torch.float32:
-        native = group_norm_cpu(x, weight, bias, lengths, num_groups, eps)
+        native = group_norm_cpu(*args)
         if native is not None:
             return native
     B, C, T = x.shape
@@ -88,16 +79,8 @@ def _cpu(
 
 
 @torch.library.impl("lowbit::masked_group_norm_backward", "cpu")
-def _cpu_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    lengths: Tensor | None,
-    num_groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_y, x, weight, bias, mean, rstd, lengths, num_groups = args
     if x.dtype == torch.float32:
         native = group_norm_backward_cpu(grad_y, x, weight, mean, rstd, lengths)
         if native is not None:
@@ -138,9 +121,7 @@ def _setup_context(
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_mean: None, grad_rstd: None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 6
     grads = torch.ops.lowbit.masked_group_norm_backward.default(
@@ -185,7 +166,7 @@ def masked_group_norm(
     """
     if x.dim() != 3:
         raise ValueError(f"x must be [B, C, T], got shape {tuple(x.shape)}")
-    check_float_input("x", x)
+    check_dtype("x", x)
     check_parameter("weight", weight, x, x.shape[1])
     check_parameter("bias", bias, x, x.shape[1])
     if num_groups < 1 or x.shape[1] % num_groups:
