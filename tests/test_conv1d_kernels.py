@@ -13,6 +13,7 @@ from lowbit_kernels.conv1d import Geometry, conv1d_reference, low_bit_conv1d, qu
 from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, mask_frames
 from lowbit_kernels.formats import QuantSpec, quantize_weight
+from lowbit_kernels.matmul import dispatch
 from lowbit_kernels.matmul.dispatch import Gpu
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
@@ -111,6 +112,20 @@ def test_every_dtype(case, spec, dtype, cuda_code, device):
     check_kernels(cuda_code, case, spec, "silu", dtype, device)
 
 
+@pytest.mark.parametrize("epilogue", [None, "gelu", "glu"])
+@pytest.mark.parametrize(
+    "case", ["pointwise", "front-end-first", "front-end", "even-same", "dilated", "grouped"]
+)
+def test_dequantized_weights(case, epilogue, cuda_code, device, monkeypatch):
+    """What serves thousands of frames, asked for a few."""
+    monkeypatch.setattr(dispatch, "DEQUANTIZE_FROM_M", 1)
+    monkeypatch.setattr(cuda_code, "DEQUANTIZE_DX_FROM_M", 1)
+    # whatever follows, as measured tables may say
+    choose = cuda_code.choose_kernel
+    monkeypatch.setattr(cuda_code, "choose_kernel", lambda *args: choose(*args[:7]))
+    check_kernels(cuda_code, case, FLOAT, epilogue, torch.float16, device)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_kernels_quantize_to_the_reference_integers(static, device):
     from lowbit_kernels.conv1d.kernels.frames import quantize_frames_triton
@@ -179,6 +194,12 @@ def test_choice_of_kernel_is_a_pure_function(cuda_code):
         return cuda_code.choose_kernel(M, geometry, is_depthwise, inputs, dtype, (8, 0))
 
     assert choose(dense) == "matmul"
+    assert choose(dense, M=10**6) == "dequant_cublas"
+    assert choose(replace(dense, dilation=2), M=10**6) == "dequant_cudnn"
+    assert (
+        cuda_code.choose_kernel(10**6, dense, False, None, torch.float16, (8, 0), is_plain=False)
+        == "matmul"
+    )
     assert choose(dense, dtype=torch.float32) == "dequant_cudnn"
     assert choose(dense, dtype=torch.float32, inputs="int8") == "matmul"
     assert choose(replace(dense, dilation=2)) == "implicit_gemm"

@@ -18,9 +18,11 @@ from lowbit_kernels.conv1d.kernels.implicit_gemm import implicit_gemm_conv1d_tri
 from lowbit_kernels.conv1d.kernels.implicit_gemm_dx import implicit_gemm_conv1d_dx_triton
 from lowbit_kernels.conv1d.layout import channel_first, channel_last
 from lowbit_kernels.conv1d.reference import conv_weight
+from lowbit_kernels.conv1d.runs import conv1d_by_runs, conv1d_dx_by_runs
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
 from lowbit_kernels.matmul.dispatch import (
+    DEQUANTIZE_DX_FROM_M,
     DETERMINISTIC_FRAMES,
     Gpu,
     choose_backend,
@@ -42,12 +44,19 @@ def choose_kernel(
     dtype: torch.dtype,
     capability: tuple[int, int],
     deterministic: bool = False,
+    is_plain: bool = True,
 ) -> str:
     """The kernel that serves a convolution: a pure function; ``deterministic`` ignores M.
 
+    Args:
+        M: rows of the output.
+        geometry, is_depthwise, inputs, dtype, capability, deterministic: of the call.
+        is_plain: whether neither an activation nor a residual follows.
+
     Returns:
         ``"depthwise"``; ``"dequant_cudnn"``: the weight is dequantized to memory and torch
-        convolves; ``"matmul"``: the linear layer's kernel over an overlapping view of x;
+        convolves; ``"dequant_cublas"``: the same by matrix products over views (``runs.py``);
+        ``"matmul"``: the linear layer's kernel over an overlapping view of x;
         ``"implicit_gemm"``: grouped or dilated.
 
     Raises:
@@ -55,13 +64,16 @@ def choose_kernel(
             fp32, which is cuDNN's.
     """
     # the depthwise kernel serves fp32 itself
-    backend = choose_backend(M, inputs, dtype, capability, deterministic and not is_depthwise)
+    backend = choose_backend(
+        M, inputs, dtype, capability, deterministic and not is_depthwise, is_plain
+    )
     if is_depthwise:
         return "depthwise"
     if geometry.groups > 1 and (inputs is not None or dtype != torch.float32):
         return "implicit_gemm"  # torch's grouped convolutions are slow at every size
     if backend == "dequant_cublas":
-        return "dequant_cudnn"
+        has_runs = dtype != torch.float32 and geometry.dilation == 1
+        return "dequant_cublas" if has_runs else "dequant_cudnn"
     return "matmul" if geometry.dilation == 1 else "implicit_gemm"
 
 
@@ -86,16 +98,17 @@ def conv1d_cuda(
     B, T_out, spec = x.shape[0], geometry.frames_out(x.shape[1]), weight.spec
     kernel = choose_kernel(
         B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, gpu.capability,
-        spec.deterministic,
+        spec.deterministic, epilogue is None and residual is None,
     )  # fmt: skip
     if kernel == "matmul":
         y, z = _matmul(
             x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, gpu
         )
-    elif kernel == "dequant_cudnn":
-        y, z = _dequant_cudnn(
-            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation
-        )
+    elif kernel.startswith("dequant"):
+        y, z = _dequantized(
+            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation,
+            kernel == "dequant_cublas",
+        )  # fmt: skip
     else:
         y, z = _direct(x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation)
     y = channel_first(y.view(B, T_out, y.shape[-1]))
@@ -126,8 +139,12 @@ def conv1d_backward_cuda(
         weight.spec.deterministic,
     )  # fmt: skip
     dz = dz.view(B, T_out, weight.N)
-    if kernel == "dequant_cudnn":
-        return _dequant_cudnn_dx(dz, weight, lengths, geometry, T), dbias
+    fixed = weight.spec.deterministic
+    if kernel == "matmul" and B * T_out >= DEQUANTIZE_DX_FROM_M and not fixed:
+        kernel = "dequant_cublas"
+    if kernel.startswith("dequant"):
+        by_runs = kernel == "dequant_cublas"
+        return _dequantized_dx(dz, weight, lengths, geometry, T, by_runs), dbias
     dx = torch.empty(B, T, C, dtype=dz.dtype, device=dz.device)
     if kernel == "depthwise":
         depthwise_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
@@ -190,7 +207,7 @@ def _direct(
     return y, z
 
 
-def _dequant_cudnn(
+def _dequantized(
     x: Tensor,
     weight: QuantizedWeight,
     bias: Tensor | None,
@@ -199,37 +216,52 @@ def _dequant_cudnn(
     geometry: Geometry,
     epilogue: str | None,
     want_preactivation: bool,
+    by_runs: bool,
 ) -> Outputs:
-    if geometry.left or geometry.right or lengths is not None:
+    if geometry.left or geometry.right or lengths is not None or x.stride(1) != x.shape[2]:
         x = copy_frames_triton(x, lengths, geometry, pad=True)
-    z = F.conv1d(
-        x.transpose(1, 2),
-        conv_weight(dequantize_triton(weight, x.dtype), geometry),
-        bias,
-        stride=geometry.stride,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-    )
-    z = z.transpose(1, 2).contiguous()
+    matrix = dequantize_triton(weight, x.dtype)
+    if by_runs:
+        z = conv1d_by_runs(x, matrix, bias, geometry)
+    else:
+        z = F.conv1d(
+            x.transpose(1, 2),
+            conv_weight(matrix, geometry),
+            bias,
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+        z = z.transpose(1, 2).contiguous()
     if epilogue is None and residual is None and not want_preactivation:
         return z, None
     return _finish(z, residual, epilogue), z
 
 
-def _dequant_cudnn_dx(
-    dz: Tensor, weight: QuantizedWeight, lengths: Tensor | None, geometry: Geometry, T: int
+def _dequantized_dx(
+    dz: Tensor,
+    weight: QuantizedWeight,
+    lengths: Tensor | None,
+    geometry: Geometry,
+    T: int,
+    by_runs: bool,
 ) -> Tensor:
-    dx = F.conv_transpose1d(
-        dz.transpose(1, 2),
-        conv_weight(dequantize_triton(weight, dz.dtype), geometry),
-        stride=geometry.stride,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-    )
-    # the transposed convolution starts in the padding and may stop before the last input frame
-    dx = F.pad(dx, (-geometry.left, T + geometry.left - dx.shape[2]))
-    whole = Geometry(1)
-    dx = copy_frames_triton(channel_last(dx), lengths, whole, pad=False)
+    matrix = dequantize_triton(weight, dz.dtype)
+    left, right = geometry.left, geometry.right
+    if by_runs:
+        dx = conv1d_dx_by_runs(dz, matrix, geometry, left + T + right)[:, left : left + T]
+    else:
+        dx = F.conv_transpose1d(
+            dz.transpose(1, 2),
+            conv_weight(matrix, geometry),
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+        # the transposed convolution starts in the padding and may stop before the last input frame
+        dx = channel_last(F.pad(dx, (-left, T + left - dx.shape[2])))
+    if lengths is not None or not dx.is_contiguous():
+        dx = copy_frames_triton(dx, lengths, Geometry(1), pad=False)
     return channel_first(dx)
 
 
