@@ -1,6 +1,6 @@
 """low_bit_conv1d: the CPU against the reference, registration, gradients, masks, errors."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lowbit_kernels.conv1d import Geometry, conv1d_reference, low_bit_conv1d
 from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
@@ -90,12 +91,7 @@ def test_rounding_of_int8_inputs_passes_gradients_straight_through():
 
 
 def flat_arguments(x, weight, bias, residual, lengths, geometry, epilogue):
-    spec, g = weight.spec, geometry
-    return (
-        x, weight.qweight, weight.scale, weight.group_scale, weight.zero_point, None,
-        bias, residual, lengths, spec.bits, spec.group, spec.inputs, spec.deterministic,
-        g.kernel_size, g.stride, g.left, g.right, g.dilation, g.groups, epilogue,
-    )  # fmt: skip
+    return (x, bias, residual, lengths, epilogue, *astuple(geometry), *flatten(weight))
 
 
 @pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
@@ -112,10 +108,10 @@ def test_ops_are_registered_correctly(case, layout, device):
         args = flat_arguments(x, weight, bias, residual, lengths, geometry, epilogue)
         torch.library.opcheck(getattr(torch.ops.lowbit, op).default, args)
     y, z = torch.ops.lowbit.conv1d_train(*args)
-    _, *parts = args[:5]
+    grad_y = torch.randn_like(y)
     torch.library.opcheck(
         torch.ops.lowbit.conv1d_backward.default,
-        (torch.randn_like(y), z.detach(), *parts, lengths, *args[9:], *x.shape[1:], True, False),
+        (grad_y, z.detach(), lengths, "gelu", *x.shape[1:], True, False, *args[5:]),
     )
 
 

@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import MAX_K_INT8, check_dtype, check_epilogue
 from lowbit_kernels.conv1d.geometry import Geometry, Padding, resolve_padding
 from lowbit_kernels.formats import QuantizedWeight
-
-EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-# int32 sums of products up to 127 * 128 cannot overflow below
-MAX_K_INT8 = (2**31 - 1) // (127 * 128)
 
 
 def check_geometry(
@@ -59,12 +54,8 @@ def check_tensors(
     spec, N = weight.spec, weight.N
     if spec.inputs not in (None, "int8"):
         raise NotImplementedError(f"conv1d serves inputs None and 'int8', got {spec.inputs!r}")
-    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64 on a CPU), got {x.dtype}")
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue must be one of {EPILOGUES}, got {epilogue!r}")
-    if epilogue == "glu" and N % 2:
-        raise ValueError(f"epilogue='glu' needs an even number of output channels, got {N}")
+    check_dtype("x", x)
+    check_epilogue(epilogue, N)
     if weight.qweight.device != x.device:
         raise ValueError(
             f"x and weight must share a device, got {x.device} and {weight.qweight.device}"

@@ -4,118 +4,72 @@ Dimension key: B batch, C input channels, N output channels (N_out after ``glu``
 T_out output frames. Results say [B, N, T_out] and lie in channel-last memory [B, T_out, N].
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import autocast
 from lowbit_kernels.conv1d.checks import check_geometry, check_tensors
 from lowbit_kernels.conv1d.geometry import Geometry, Padding
 from lowbit_kernels.conv1d.layout import channel_first, channel_last, empty_channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, conv1d_reference
 from lowbit_kernels.cpu import conv1d_cpu
-from lowbit_kernels.device import on_device
-from lowbit_kernels.formats import QuantizedWeight, QuantSpec
+from lowbit_kernels.device import implement_on_cuda
+from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.matmul.op import PACKED, flatten
+from lowbit_kernels.matmul.op import unpack as unpack_weight
 from lowbit_kernels.matmul.reference import apply_epilogue
 
-_WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? zero_point"
-_FORMAT = "int bits, int group_size, str? inputs, bool deterministic"
-_GEOMETRY = "int kernel_size, int stride, int left, int right, int dilation, int groups"
+GEOMETRY = "int kernel_size, int stride, int left, int right, int dilation, int groups"
 _FORWARD = (
-    f"(Tensor x, {_WEIGHT}, Tensor? input_scale, Tensor? bias, Tensor? residual, "
-    f"Tensor? lengths, {_FORMAT}, {_GEOMETRY}, str? epilogue)"
+    f"(Tensor x, Tensor? bias, Tensor? residual, Tensor? lengths, str? epilogue, {GEOMETRY}, "
+    f"{PACKED})"
 )
 torch.library.define("lowbit::conv1d", f"{_FORWARD} -> Tensor")
 torch.library.define("lowbit::conv1d_train", f"{_FORWARD} -> (Tensor y, Tensor preactivation)")
 torch.library.define(
     "lowbit::conv1d_backward",
-    f"(Tensor grad_y, Tensor? preactivation, {_WEIGHT}, Tensor? lengths, {_FORMAT}, {_GEOMETRY}, "
-    "str? epilogue, int C, SymInt T, bool needs_x, bool needs_bias) -> (Tensor dx, Tensor dbias)",
+    "(Tensor grad_y, Tensor? preactivation, Tensor? lengths, str? epilogue, int C, SymInt T, "
+    f"bool needs_x, bool needs_bias, {GEOMETRY}, {PACKED}) -> (Tensor dx, Tensor dbias)",
 )
 
 
-@cache
-def _spec(
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    inputs: str | None,
-    deterministic: bool,
-    static: bool,
-) -> QuantSpec:
-    input_scale = "static" if static else "utterance"
-    return QuantSpec(bits, group_size or None, symmetric, inputs, input_scale, deterministic)
-
-
-def _weight(
-    qweight: Tensor,
-    scale: Tensor,
-    group_scale: Tensor | None,
-    zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    K: int,
-    bits: int,
-    group_size: int,
-    inputs: str | None,
-    deterministic: bool,
-) -> QuantizedWeight:
-    """The weight whose tensors travelled through the op's flat schema."""
-    symmetric, static = zero_point is None, input_scale is not None
-    spec = _spec(bits, group_size, symmetric, inputs, deterministic, static)
-    return QuantizedWeight(qweight, scale, group_scale, zero_point, K, spec, input_scale)
-
-
-def _unpack_forward(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The flat arguments as x, weight, bias, residual, lengths, geometry, epilogue."""
-    x, qweight, scale, group_scale, zero_point, input_scale, bias, residual, lengths = args[:9]
-    format_args, geometry, epilogue = args[9:13], Geometry(*args[13:19]), args[19]
-    K = geometry.kernel_size * (x.shape[1] // geometry.groups)
-    weight = _weight(qweight, scale, group_scale, zero_point, input_scale, K, *format_args)
-    return x, weight, bias, residual, lengths, geometry, epilogue
-
-
-def _unpack_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The flat arguments as grad_y, preactivation, weight, lengths, geometry, and the last five."""
-    grad_y, preactivation, qweight, scale, group_scale, zero_point, lengths = args[:7]
-    format_args, geometry = args[7:11], Geometry(*args[11:17])
-    epilogue, C, T, needs_x, needs_bias = args[17:]
-    K = geometry.kernel_size * (C // geometry.groups)
-    weight = _weight(qweight, scale, group_scale, zero_point, None, K, *format_args)
-    return (
-        grad_y, preactivation, weight, lengths, geometry, epilogue, C, T, needs_x, needs_bias,
-    )  # fmt: skip
+def _unpack(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an op, of which the last two become the geometry and the weight."""
+    *first, weight = unpack_weight(args)
+    return *first[:-6], Geometry(*first[-6:]), weight
 
 
 @torch.library.register_fake("lowbit::conv1d")
 def _fake(*args: Any) -> Tensor:
-    x, weight, _, _, _, geometry, epilogue = _unpack_forward(args)
+    x, _, _, _, epilogue, geometry, weight = _unpack(args)
     N = weight.N // 2 if epilogue == "glu" else weight.N
     return empty_channel_last(x, x.shape[0], N, geometry.frames_out(x.shape[2]))
 
 
 @torch.library.register_fake("lowbit::conv1d_train")
 def _fake_train(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, *_ = _unpack_forward(args)
+    x, *_, weight = _unpack(args)
     y = _fake(*args)
     return y, empty_channel_last(x, x.shape[0], weight.N, y.shape[2])
 
 
 @torch.library.register_fake("lowbit::conv1d_backward")
 def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grad_y, _, weight, *_, C, T, needs_x, needs_bias = _unpack_backward(args)
+    grad_y, _, _, _, C, T, needs_x, needs_bias, _, weight = _unpack(args)
     dx = empty_channel_last(grad_y, grad_y.shape[0], C, T) if needs_x else grad_y.new_empty(0)
     return dx, grad_y.new_empty(weight.N if needs_bias else 0)
 
 
 def _cpu_forward(
     x: Tensor,
-    weight: QuantizedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
     lengths: Tensor | None,
-    geometry: Geometry,
     epilogue: str | None,
+    geometry: Geometry,
+    weight: QuantizedWeight,
 ) -> Tensor:
     """[B, T_out, N_out] from x [B, C, T]."""
     if x.dtype == torch.float64:  # for checking gradients, so nothing but exactness counts
@@ -130,15 +84,15 @@ def _cpu_forward(
 
 @torch.library.impl("lowbit::conv1d", "cpu")
 def _cpu(*args: Any) -> Tensor:
-    return channel_first(_cpu_forward(*_unpack_forward(args)))
+    return channel_first(_cpu_forward(*_unpack(args)))
 
 
 @torch.library.impl("lowbit::conv1d_train", "cpu")
 def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, bias, residual, lengths, geometry, epilogue = _unpack_forward(args)
-    z = _cpu_forward(x, weight, bias, None, lengths, geometry, None).contiguous()
+    x, bias, residual, lengths, epilogue, geometry, weight = _unpack(args)
+    z = _cpu_forward(x, bias, None, lengths, None, geometry, weight).contiguous()
     if weight.spec.deterministic:  # the bits of inference, whose activation is the kernel's
-        y = _cpu_forward(x, weight, bias, residual, lengths, geometry, epilogue)
+        y = _cpu_forward(x, bias, residual, lengths, epilogue, geometry, weight)
         return channel_first(y), channel_first(z)
     y = apply_epilogue(z, epilogue)
     if residual is not None:
@@ -150,70 +104,66 @@ def _cpu_train(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("lowbit::conv1d_backward", "cpu")
 def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    (
-        grad_y, preactivation, weight, lengths, geometry, epilogue, _, T, needs_x, needs_bias,
-    ) = _unpack_backward(args)  # fmt: skip
-    dx, dbias = conv1d_backward_reference(
-        grad_y, preactivation, weight, geometry, T, epilogue, lengths
-    )
+    grad_y, z, lengths, epilogue, _, T, needs_x, needs_bias, geometry, weight = _unpack(args)
+    dx, dbias = conv1d_backward_reference(grad_y, z, weight, geometry, T, epilogue, lengths)
     empty = grad_y.new_empty(0)
     dx = channel_first(dx.transpose(1, 2)) if needs_x else empty
     return dx, dbias if needs_bias else empty
 
 
-@torch.library.impl("lowbit::conv1d", "cuda")
-def _cuda(*args: Any) -> Tensor:
-    y: Tensor
-    # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
+def _cuda(*args: Any, want_preactivation: bool = False) -> tuple[Tensor, Tensor | None]:
     from lowbit_kernels.conv1d.cuda import conv1d_cuda
 
-    with on_device(args[0]):
-        y, _ = conv1d_cuda(*_unpack_forward(args))
-    return y
+    x, bias, residual, lengths, epilogue, geometry, weight = _unpack(args)
+    return conv1d_cuda(
+        x, weight, bias, residual, lengths, geometry, epilogue,
+        want_preactivation=want_preactivation,
+    )  # fmt: skip
 
 
-@torch.library.impl("lowbit::conv1d_train", "cuda")
-def _cuda_train(*args: Any) -> tuple[Tensor, Tensor]:
-    from lowbit_kernels.conv1d.cuda import conv1d_cuda
-
-    with on_device(args[0]):
-        y, preactivation = conv1d_cuda(*_unpack_forward(args), want_preactivation=True)
-    assert preactivation is not None, "it was asked for"
-    return y, preactivation
-
-
-@torch.library.impl("lowbit::conv1d_backward", "cuda")
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor]:
     from lowbit_kernels.conv1d.cuda import conv1d_backward_cuda
 
-    with on_device(args[0]):
-        dx, dbias = conv1d_backward_cuda(*_unpack_backward(args))
-    return dx, dbias
+    grad_y, z, lengths, epilogue, C, T, needs_x, needs_bias, geometry, weight = _unpack(args)
+    return conv1d_backward_cuda(
+        grad_y, z, weight, lengths, geometry, epilogue, C, T, needs_x, needs_bias
+    )
+
+
+implement_on_cuda("lowbit::conv1d", lambda *args: _cuda(*args)[0])
+implement_on_cuda("lowbit::conv1d_train", lambda *args: _cuda(*args, want_preactivation=True))
+implement_on_cuda("lowbit::conv1d_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, qweight, scale, group_scale, zero_point, _, _, _, lengths, *rest = inputs
+    x, _, _, lengths, ctx.epilogue, *rest = inputs
     preactivation = None
     if isinstance(output, tuple):
         preactivation = output[1]
         ctx.mark_non_differentiable(preactivation)
-    ctx.save_for_backward(preactivation, qweight, scale, group_scale, zero_point, lengths)
+    # six of the geometry, five tensors of the weight
+    ctx.save_for_backward(preactivation, lengths, *rest[6:11])
+    ctx.geometry, ctx.constants, ctx.frames = rest[:6], rest[11:], x.shape[1:]
     ctx.set_materialize_grads(False)  # else backward allocates zeros for the pre-activation
-    ctx.epilogue, ctx.options = rest[-1], (*rest, x.shape[1], x.shape[2])
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 20
-    needs_x, needs_bias, needs_residual = (ctx.needs_input_grad[i] for i in (0, 6, 7))
+    needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
+    dx = dbias = None
     if grad_y is not None and (needs_x or needs_bias):
-        if ctx.epilogue is not None and ctx.saved_tensors[0] is None:
+        preactivation, lengths, *tensors = ctx.saved_tensors
+        if ctx.epilogue is not None and preactivation is None:
             raise RuntimeError("lowbit::conv1d has no gradient with an epilogue: use conv1d_train")
         dx, dbias = torch.ops.lowbit.conv1d_backward.default(
-            grad_y, *ctx.saved_tensors, *ctx.options, needs_x, needs_bias
-        )
-        grads[0], grads[6] = dx if needs_x else None, dbias if needs_bias else None
-    grads[7] = grad_y if needs_residual else None
-    return tuple(grads)
+            grad_y, preactivation, lengths, ctx.epilogue, *ctx.frames, needs_x, needs_bias,
+            *ctx.geometry, *tensors, *ctx.constants,
+        )  # fmt: skip
+    return (
+        dx if needs_x else None,
+        dbias if needs_bias else None,
+        grad_y if needs_residual else None,
+        *(None,) * (len(ctx.needs_input_grad) - 3),
+    )
 
 
 for _op in ("lowbit::conv1d", "lowbit::conv1d_train"):
@@ -269,15 +219,13 @@ def low_bit_conv1d(
         ValueError: for an argument of a wrong shape, dtype, device or value.
         NotImplementedError: for weights whose inputs are quantized to something else than int8.
     """
-    x, bias, residual = _autocast(x, bias, residual)
+    x, bias, residual = autocast(x, bias, residual)
     geometry = check_geometry(x, weight, stride, padding, dilation, groups)
     check_tensors(x, weight, bias, residual, lengths, geometry, epilogue)
-    spec = weight.spec
     args = (
-        x, weight.qweight, weight.scale, weight.group_scale, weight.zero_point,
-        weight.input_scale if spec.input_scale == "static" else None,
-        bias, residual, lengths, spec.bits, spec.group, spec.inputs, spec.deterministic,
-        geometry.kernel_size, stride, geometry.left, geometry.right, dilation, groups, epilogue,
+        x, bias, residual, lengths, epilogue,
+        geometry.kernel_size, stride, geometry.left, geometry.right, dilation, groups,
+        *flatten(weight),
     )  # fmt: skip
     y: Tensor
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
@@ -286,14 +234,3 @@ def low_bit_conv1d(
     else:
         y = torch.ops.lowbit.conv1d.default(*args)
     return y
-
-
-def _autocast(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, bias, residual
-    dtype = torch.get_autocast_dtype(device)
-    bias = None if bias is None else bias.to(dtype)
-    return x.to(dtype), bias, None if residual is None else residual.to(dtype)
