@@ -5,6 +5,7 @@ dimension.
 """
 
 from contextlib import nullcontext
+from dataclasses import astuple
 from functools import partial
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from lowbit_kernels import device as cuda_device
 from lowbit_kernels.attention import op as attention_op
+from lowbit_kernels.conv1d import cuda as conv1d_cuda
+from lowbit_kernels.conv1d import op as conv1d_op
 from lowbit_kernels.fake_quant import Levels, Quantizer, linear_cuda
 from lowbit_kernels.fake_quant import linear_op as training_op
 from lowbit_kernels.fake_quant import op as fake_quant_op
@@ -22,6 +25,7 @@ from lowbit_kernels.matmul import op as linear_op
 from lowbit_kernels.matmul.gpu import Gpu
 from lowbit_kernels.matmul.reference import row_statistics
 from lowbit_kernels.testing import assert_as_accurate
+from tests.conv1d_cases import make_inputs as conv1d_inputs
 from tests.linear_cases import make_inputs
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024)
@@ -64,6 +68,20 @@ def fake_quantize_cases():
     yield "training_linear_backward", training_op._cuda_backward, backward
 
 
+def conv1d_cases():
+    for case in ("front-end", "grouped", "depthwise"):
+        x, weight, bias, residual, lengths, geometry = conv1d_inputs(
+            case, QuantSpec(4), torch.float16, epilogue="silu"
+        )
+        x, tail = x.nan_to_num(), (*astuple(geometry), *linear_op.flatten(weight))
+        args = (x, bias, residual, lengths, "silu", *tail)
+        yield "conv1d", lambda *args: conv1d_op._cuda(*args)[0], args
+        yield "conv1d_train", partial(conv1d_op._cuda, want_preactivation=True), args
+        z, grad = torch.randn_like(residual), torch.randn_like(residual)
+        backward = (grad, z, lengths, "silu", *x.shape[1:], True, True, *tail)
+        yield "conv1d_backward", conv1d_op._cuda_backward, backward
+
+
 def attention_cases():
     q, k, v, grad = (half(2, 3, 17, 16) for _ in range(4))
     options = (torch.tensor([17, 9]), half(1, 3, 17, 17), None, 8, None, 0.0)
@@ -73,9 +91,12 @@ def attention_cases():
     yield "flash_attention_backward", attention_op._cuda_backward, backward
 
 
-@pytest.mark.parametrize("cases", [linear_cases, fake_quantize_cases, attention_cases])
+@pytest.mark.parametrize(
+    "cases", [linear_cases, fake_quantize_cases, conv1d_cases, attention_cases]
+)
 def test_gives_what_the_cpu_gives(cases, device, monkeypatch):
     monkeypatch.setattr(matmul_cuda, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(conv1d_cuda, "gpu_of", lambda device: H200)
     monkeypatch.setattr(linear_cuda, "_num_sms", lambda device: 132)
     torch.manual_seed(0)
     for name, implementation, args in cases():
