@@ -18,8 +18,13 @@ from bench import cuda_peers
 from bench.errors import float_error, int8_input_error
 from lowbit_kernels import QConv1d, QLinear, QuantSpec, flash_attention
 from lowbit_kernels.fake_quant import Levels, Quantizer, fake_quantize, initial_scale
-from lowbit_kernels.norm import masked_group_norm, norm_quantize
-from lowbit_kernels.norm.activation_quantize_op import activation_quantize
+from lowbit_kernels.norm import (
+    activation_quantize,
+    masked_batch_norm,
+    masked_group_norm,
+    norm_activation,
+    norm_quantize,
+)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -173,6 +178,38 @@ def gelu_int8(sizes: Sizes, ours: bool) -> Member:
     return Member(x, fused if ours else lambda: eager(x), eager, 0.03)
 
 
+def layer_norm_gelu(sizes: Sizes, ours: bool) -> Member:
+    """LayerNorm over the features, then GELU, as in the front end of the large models."""
+    x, K = _input(*sizes), sizes[1]
+    weight, bias = torch.randn(2, K, device=DEVICE, dtype=DTYPE)
+
+    def eager(x: Tensor) -> Tensor:
+        return F.gelu(F.layer_norm(x, (K,), weight.to(x.dtype), bias.to(x.dtype)))
+
+    def fused() -> Tensor:
+        return norm_activation(x, weight, bias, activation="gelu")
+
+    bound = 8 * float_error(K, DTYPE)
+    return Member(x, fused if ours else lambda: eager(x), eager, bound)
+
+
+def batch_norm_silu(sizes: Sizes, ours: bool) -> Member:
+    """BatchNorm with the batch's statistics, then SiLU, as a Conformer trains; channel-last."""
+    B, C, T = sizes
+    x = torch.randn(B, T, C, device=DEVICE, dtype=DTYPE).transpose(1, 2).requires_grad_()
+    weight, bias = torch.randn(2, C, device=DEVICE, dtype=DTYPE)
+
+    def eager(x: Tensor) -> Tensor:
+        weights = weight.to(x.dtype), bias.to(x.dtype)
+        return F.silu(F.batch_norm(x, None, None, *weights, training=True))
+
+    def fused() -> Tensor:
+        return masked_batch_norm(x, weight, bias, lengths=None, activation="silu")
+
+    bound = 8 * float_error(B * T, DTYPE)
+    return Member(x, fused if ours else lambda: eager(x), eager, bound)
+
+
 def lsq(sizes: Sizes, ours: bool) -> Member:
     """Fake quantization to 4 bits with a learned scale."""
     x, levels = _input(*sizes), Levels.of_input(4)
@@ -229,7 +266,9 @@ def _ops() -> dict[str, tuple[tuple[Sizes, ...], dict[str, Make]]]:
     for name, shapes, make in (
         ("flash_attention", ATTENTION, attention),
         ("masked_group_norm", GROUP_NORM, group_norm),
+        ("masked_batch_norm", CONV, batch_norm_silu),
         ("norm_quantize", ROWS, layer_norm_int8),
+        ("norm_activation", ROWS, layer_norm_gelu),
         ("activation_quantize", ROWS, gelu_int8),
         ("fake_quantize", ROWS, lsq),
     ):

@@ -24,14 +24,11 @@ def make_group_inputs(B, C, T, dtype, device):
     return x, weight, bias, torch.randn(B, C, T, dtype=dtype, device=device)
 
 
-def group_norm_kernels(x, weight, bias, grad, lengths, num_groups):
-    y, mean, rstd = masked_group_norm_triton(x, weight, bias, lengths, num_groups, EPS)
-    return [
-        y,
-        *masked_group_norm_backward_triton(
-            grad, x, weight, bias, mean, rstd, lengths, num_groups
-        ),
-    ]  # fmt: skip
+def group_norm_kernels(x, weight, bias, grad, lengths, num_groups, activation=None):
+    options = (lengths, num_groups)
+    y, mean, rstd = masked_group_norm_triton(x, weight, bias, *options, EPS, activation)
+    saved = (x, weight, bias, mean, rstd)
+    return [y, *masked_group_norm_backward_triton(grad, *saved, *options, activation)]
 
 
 def assert_quantized(q, scale, low, high, static=None):

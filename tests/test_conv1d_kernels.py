@@ -14,7 +14,7 @@ from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, mask_frames
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import dispatch
-from lowbit_kernels.matmul.dispatch import Gpu
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
@@ -126,6 +126,13 @@ def test_dequantized_weights(case, epilogue, cuda_code, device, monkeypatch):
     check_kernels(cuda_code, case, FLOAT, epilogue, torch.float16, device)
 
 
+@pytest.mark.parametrize("spec", [FLOAT, INT8], ids=str)
+def test_a_split_sum_of_groups(spec, cuda_code, monkeypatch, device):
+    config = LinearConfig(64, 16, splits=2)
+    monkeypatch.setattr(cuda_code, "choose_config", lambda *args: config)
+    check_kernels(cuda_code, "positional", spec, "gelu", torch.float16, device)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_kernels_quantize_to_the_reference_integers(static, device):
     from lowbit_kernels.conv1d.kernels.frames import quantize_frames_triton
@@ -202,8 +209,8 @@ def test_choice_of_kernel_is_a_pure_function(cuda_code):
     )
     assert choose(dense, dtype=torch.float32) == "dequant_cudnn"
     assert choose(dense, dtype=torch.float32, inputs="int8") == "matmul"
-    assert choose(replace(dense, dilation=2)) == "implicit_gemm"
-    assert choose(grouped) == choose(grouped, M=10**6) == "implicit_gemm"
+    assert choose(replace(dense, dilation=2)) == "matmul"
+    assert choose(grouped) == choose(grouped, M=10**6) == "matmul"
     assert choose(grouped, dtype=torch.float32) == "dequant_cudnn"
     assert choose(grouped, is_depthwise=True, dtype=torch.float32) == "depthwise"
     with pytest.raises(NotImplementedError, match="capability"):

@@ -227,7 +227,7 @@ def test_only_what_is_asked_for_gets_a_gradient(device):
 @pytest.mark.parametrize("epilogue", [None, "glu"])
 @pytest.mark.parametrize("kind", ["float", "ste", "lsq-two-level"])
 def test_ops_are_registered_correctly(kind, epilogue, permuted, device):
-    from lowbit_kernels.fake_quant.linear_op import _FLOAT
+    from lowbit_kernels.fake_quant.linear_op import FLOAT
 
     x, weight, bias, residual, quantizer = make_inputs(
         6, 16, 70, kind, device=device, epilogue=epilogue
@@ -237,7 +237,7 @@ def test_ops_are_registered_correctly(kind, epilogue, permuted, device):
         x, residual = (t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (x, residual))
         weight = weight.t().contiguous().t()
     tensors = [t.requires_grad_() for t in (x, weight, bias, residual)]
-    packed = _FLOAT if quantizer is None else flatten(quantizer)
+    packed = FLOAT if quantizer is None else flatten(quantizer)
     op = torch.ops.lowbit.training_linear.default
     torch.library.opcheck(op, (*tensors, epilogue, True, *packed))
     grad, z = torch.randn_like(residual).detach(), torch.randn(2, 3, 16, device=device)

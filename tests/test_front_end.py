@@ -84,7 +84,7 @@ def test_training_goes_through_the_layers():
     waves = torch.randn(1, 800)
     out, names = calls(lambda: model(waves).last_hidden_state)
     assert CALLS not in names
-    assert "lowbit::conv1d" in names
+    assert "lowbit::conv1d_train" in names
     out.sum().backward()
     first = model.feature_extractor.conv_layers[0].conv.weight
     assert first.grad is not None
@@ -127,3 +127,20 @@ def test_the_feed_forward_and_positional_activations_are_fused():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(torch.randn(1, 800))
     assert not [event.name for event in profile.events() if event.name == "aten::gelu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@pytest.mark.parametrize("config", [QuantConfig.small(), QuantConfig.fast()], ids=["small", "fast"])
+def test_a_gpu_makes_one_call_in_16_bits(norm, config):
+    model = build(norm, bias=norm == "layer")
+    quantize(model, config)
+    encoder, waves = model.cuda().half().feature_extractor, torch.randn(2, 800).cuda()
+    with torch.no_grad():
+        fused, names = calls(lambda: encoder(waves.half()))
+        layered, layer_names = calls(lambda: call_layers(encoder, waves.half()))
+        high = call_layers(copy.deepcopy(encoder).cpu().double(), waves.cpu().double())
+        _, wide_names = calls(lambda: encoder.float()(waves))
+    assert names == [CALLS]
+    assert CALLS not in layer_names + wide_names
+    assert_as_accurate(fused.cpu().contiguous(), layered.cpu().contiguous(), high)

@@ -18,10 +18,14 @@ from tests.interpreter_memory import checked_memory
 from tests.linear_cases import make_inputs as make_linear_inputs
 from tests.linear_cases import specs
 from tests.norm_cases import EPS, group_norm_kernels, make_group_inputs
+from tests.test_front_end_cuda import make_layers as make_front_end
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="checks Triton's interpreter, which a GPU turns off"
 )
+
+
+HOPPER = Gpu("a GPU", (9, 0), 132, 227 * 1024)
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +36,8 @@ def _checked_memory():
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    numbers = Gpu("a GPU", (9, 0), 132, 227 * 1024)
-    monkeypatch.setattr(cuda_linear, "gpu_of", lambda device: numbers)
-    monkeypatch.setattr(cuda_conv1d, "gpu_of", lambda device: numbers)
+    monkeypatch.setattr(cuda_linear, "gpu_of", lambda device: HOPPER)
+    monkeypatch.setattr(cuda_conv1d, "gpu_of", lambda device: HOPPER)
 
 
 def run_linear(spec, epilogue, M=7, N=38, K=1101):
@@ -72,6 +75,17 @@ def test_conv1d(case, spec):
     )
 
 
+@pytest.mark.parametrize("inputs", [None, "utterance", "static"])
+@pytest.mark.parametrize("kind", ["group", "layer"])
+def test_front_end(kind, inputs, monkeypatch):
+    from lowbit_kernels.conv1d import front_end_cuda
+
+    monkeypatch.setattr(front_end_cuda, "gpu_of", lambda device: HOPPER)
+    layers = make_front_end(kind, inputs, "cpu", offset=inputs is not None)
+    waveform, lengths = torch.randn(2, 301).half(), torch.tensor([301, 170])
+    front_end_cuda.front_end_cuda(waveform, layers, lengths)
+
+
 @pytest.mark.parametrize("D", [16, 36])
 @pytest.mark.parametrize("extra_terms", [False, True])
 def test_attention(extra_terms, D):
@@ -88,7 +102,9 @@ def test_attention(extra_terms, D):
 
 
 def test_masked_group_norm():
-    group_norm_kernels(*make_group_inputs(2, 6, 37, torch.float16, "cpu"), torch.tensor([37, 5]), 3)
+    x, *rest = make_group_inputs(2, 6, 37, torch.float16, "cpu")
+    for memory in (x, x.contiguous()):
+        group_norm_kernels(memory, *rest, torch.tensor([37, 5]), 3, "gelu")
 
 
 def test_norm_quantize():
@@ -101,6 +117,11 @@ def test_norm_quantize():
     weight, bias = torch.randn(2, 100)
     h, *_, mean, rstd = norm_quantize_triton(x, weight, bias, residual, EPS, True)
     norm_quantize_backward_triton(grad, grad, h, weight, bias, mean, rstd)
+    x, lengths, scale, offset = x[None], torch.tensor([3]), torch.tensor(0.1), torch.randn(100)
+    options = (None, EPS, False, lengths, "gelu", scale)
+    *_, mean, rstd = norm_quantize_triton(x, weight, bias, *options, offset=offset)
+    saved = (x, weight, bias, mean, rstd, lengths, "gelu")
+    norm_quantize_backward_triton(grad[None], None, *saved)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "glu"])

@@ -26,6 +26,8 @@ from tests.norm_cases import (
     make_group_inputs,
 )
 
+# no lengths, activation or static scale, but int8
+PLAIN = (None, None, None, True)
 ROW_SHAPES = [
     pytest.param((4, 128), id="whole-tiles"),
     pytest.param((3, 5, 100), id="ragged"),
@@ -159,12 +161,14 @@ def test_norm_quantize_is_registered_correctly(return_dequantized, permuted, dev
         x, residual = x.transpose(0, 1), residual.transpose(0, 1)
     op = torch.ops.lowbit.norm_quantize.default
     leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias, residual)]
-    torch.library.opcheck(op, (*leaves, EPS, return_dequantized))
-    torch.library.opcheck(op, (*leaves[:3], None, EPS, return_dequantized))
-    h, _, _, _, mean, rstd = op(x, weight, bias, residual, EPS, False)
+    torch.library.opcheck(op, (*leaves, EPS, return_dequantized, *PLAIN))
+    torch.library.opcheck(op, (*leaves[:3], None, EPS, return_dequantized, *PLAIN))
+    lengths = torch.tensor([2, 0, 3] if permuted else [3, 1, 0, 2], device=device)
+    torch.library.opcheck(op, (*leaves, EPS, True, lengths, "gelu", None, return_dequantized))
+    h, _, _, _, mean, rstd = op(x, weight, bias, residual, EPS, False, *PLAIN)
     torch.library.opcheck(
         torch.ops.lowbit.norm_quantize_backward.default,
-        (torch.randn_like(h), h, h, weight, bias, mean, rstd),
+        (torch.randn_like(h), h, h, weight, bias, mean, rstd, lengths, "gelu"),
     )
 
 
@@ -219,8 +223,8 @@ W = torch.ones(4)
         ((X.sum(), W, W), {}, r"x must be \[..., N\] with N >= 1, got shape \(\)"),
         ((X.long(), W, W), {}, "x must be fp16, bf16 or fp32 .* got torch.int64"),
         ((X, W, W), {}, r"weight must be \[5\], got \[4\]"),
-        ((X.mT, W, W), {"residual": X}, r"residual must be like x, .* got \(2, 4, 5\)"),
-        ((X.mT, W, W), {"residual": X.mT.half()}, "residual must be like x, .* torch.float16"),
+        ((X.mT, W, W), {"residual": X}, r"residual must be \[2, 5, 4\], got \[2, 4, 5\]"),
+        ((X.mT, W, W), {"residual": X.mT.half()}, "residual must be torch.float32 .* like x, got torch.float16"),
     ],
 )
 def test_norm_quantize_names_wrong_arguments(arguments, options, message):

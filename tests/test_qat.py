@@ -76,22 +76,27 @@ def test_the_packed_layer_is_the_trained_one(quantizer, spec, inputs, device):
     trained = fake_quantize(layer.weight.detach(), layer.weight_quantizer())
     assert torch.equal(packed.weight.as_subclass(torch.Tensor), trained)
     x = torch.randn(2, 7, 150, device=device)
-    with torch.no_grad():
-        y, low = packed(x), layer(x)
-        high = fp64_output(layer, x)
-    assert_as_accurate(y, low, high)
+    check_packed(layer, x)
 
 
-def fp64_output(layer, x):
-    """The layer's output from its integers, in fp64."""
+@torch.no_grad()
+def check_packed(layer, x, dtype=torch.float32):
+    """That the layer and its packed form are as accurate as torch with the layer's integers."""
+    low, high = output(layer, x, dtype), output(layer, x, torch.float64)
+    assert_as_accurate(layer(x), low, high, "the trained layer")
+    assert_as_accurate(layer.to_quantized()(x), low, high, "the packed layer")
+
+
+def output(layer, x, dtype):
+    """The layer's output from its integers, computed in ``dtype``."""
     if layer.spec.inputs is not None:
         kind = layer.spec.input_scale
         static = layer.input_step.detach() if kind == "static" else None
         scale = input_scale_rows(x, kind, static)
-        rows = quantize_rows(x.reshape(-1, x.shape[-1]), scale).double() * scale.double()[:, None]
+        rows = quantize_rows(x.reshape(-1, x.shape[-1]), scale).to(dtype) * scale.to(dtype)[:, None]
         x = rows.view(x.shape)
-    weight = layer.to_quantized().quantized_weight().dequantize(torch.float64)
-    return F.linear(x.double(), weight, layer.bias.double())
+    weight = layer.to_quantized().quantized_weight().dequantize(dtype)
+    return F.linear(x.to(dtype), weight, layer.bias.to(dtype))
 
 
 @specs
@@ -236,10 +241,8 @@ def test_autocast(inputs, device):
     x = torch.randn(2, 5, 150, device=device, requires_grad=True)
     with torch.autocast(device, dtype=torch.bfloat16):
         y = layer(x)
-        packed = layer.to_quantized()(x)
-    assert y.dtype == packed.dtype == torch.bfloat16
-    high = fp64_output(layer, x.detach().bfloat16())
-    assert_as_accurate(packed.detach(), y.detach(), high)
+        check_packed(layer, x.detach().bfloat16(), torch.bfloat16)
+    assert y.dtype == torch.bfloat16
     y.sum().backward()
     for parameter in (x, *layer.parameters()):
         assert parameter.grad.dtype == torch.float32

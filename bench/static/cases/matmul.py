@@ -95,17 +95,17 @@ def make_case(
 
 
 def linear_problem(
-    M: int, N: int, K: int, bits: int, x_bytes: int, config: LinearConfig
+    M: int, N: int, K: int, bits: int, x_bytes: int, config: LinearConfig, groups: int = 1
 ) -> Problem:
     """A layer with bias and residual, or parts of its sum. Dimension key: as in ``dispatch``."""
     tiles = -(-N // config.block_n) * -(-M // config.block_m)
     y_bytes = 4 * config.splits if config.splits > 1 else 2 * 2
     return Problem(
-        sizes=f"{M} x {K} x {N}",
+        sizes=f"{M} x {K} x {N}" + f" x {groups}" * (groups > 1),
         operand_bytes=x_bytes,
-        flops=2 * M * N * K,
-        bytes=M * K * x_bytes + N * K * bits // 8 + M * N * y_bytes,
-        programs=tiles * config.splits,
+        flops=2 * M * N * K * groups,
+        bytes=(M * K * x_bytes + N * K * bits // 8 + M * N * y_bytes) * groups,
+        programs=tiles * config.splits * groups,
     )
 
 
@@ -135,12 +135,13 @@ def linear_case(
     normed: bool = False,
     stats: bool = False,
     early_start: bool = False,
+    groups: int = 1,
 ) -> AotCase:
     """The kernel for a shape, with the tiles, and the split of the sum, that dispatch gives it."""
     int8, group_size = x == "int8", 64 if bits in (2, 4) else 0
     is_byte = x in BYTE_INPUTS
     gpu, x_bytes = dispatch_gpu(target), 1 if is_byte else 2
-    config, pairs = choose_config(M, N, K, bits, x_bytes, gpu), byte_pairs(gpu)
+    config, pairs = choose_config(M, N, K, bits, x_bytes, gpu, groups), byte_pairs(gpu)
     config = replace(config, early_start=early_start)
     split = config.splits > 1
     # another kernel adds the parts, and does what follows
@@ -151,7 +152,7 @@ def linear_case(
         f"linear_w{bits}{'_asymmetric' if asymmetric else ''}_{x}"
         f"_{config.block_n}x{config.block_m}" + ("" if is_even else "_ragged")
         + ("_split" if split else f"_{epilogue}") + "_normed" * normed + "_stats" * stats
-        + "_early" * early_start,
+        + "_early" * early_start + f"_groups{groups}" * (groups > 1),
         linear_kernel,
         {
             "x_ptr": BYTE_INPUTS.get(x, f"*{x}"),
@@ -165,11 +166,14 @@ def linear_case(
             "z_ptr": None,
             "out_scale_ptr": None,
             "stats_ptr": "*fp32" if stats else None,
+            "out_offset_ptr": None,
+            "largest_ptr": None,
         },
         integers(
             "M N K T N_out num_groups steps_per_split stride_xb stride_xt stride_qn stride_rm"
         ),
         {
+            "GROUPS": groups,
             "BITS": bits,
             "GROUP_SIZE": group_size,
             "EPILOGUE": None if split else epilogue,
@@ -190,7 +194,7 @@ def linear_case(
         # 16 rows are too few for every thread to copy 16 bytes
         async_loads=config.block_m > 16,
         targets=(target,),
-        problem=linear_problem(M, N, K, bits, x_bytes, config),
+        problem=linear_problem(M, N, K, bits, x_bytes, config, groups),
     )  # fmt: skip
 
 
@@ -202,7 +206,7 @@ def persistent_case(M: int, x: str = "bf16") -> AotCase:
     element = BYTE_INPUTS.get(x, f"*{x}")[1:]
     dropped = {
         "x_ptr", "x_stats_ptr", "weight_sum_ptr", "stats_ptr", "K", "T", "steps_per_split",
-        "stride_xb", "stride_xt", "IS_SPLIT", "EPS", "STATS_TILES", "EARLY_START",
+        "stride_xb", "stride_xt", "GROUPS", "IS_SPLIT", "EPS", "STATS_TILES", "EARLY_START",
     }  # fmt: skip
     signature = {k: v for k, v in case.signature.items() if k not in dropped}
     return replace(

@@ -13,25 +13,33 @@ def check_geometry(
 ) -> Geometry:
     if not isinstance(weight, QuantizedWeight):
         raise ValueError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
+    geometry = make_geometry(x, weight.N, weight.K, stride, padding, dilation, groups)
+    if weight.is_depthwise and not groups == x.shape[1] == weight.N:
+        raise ValueError(
+            "a depthwise weight needs groups == input channels == output channels, "
+            f"got {groups}, {x.shape[1]} and {weight.N}"
+        )
+    return geometry
+
+
+def make_geometry(
+    x: Tensor, N: int, K: int, stride: int, padding: Padding, dilation: int, groups: int
+) -> Geometry:
+    """The geometry of a convolution of x with a weight of N channels of K values."""
     if x.dim() != 3:
         raise ValueError(f"x must be [B, C, T], got shape {tuple(x.shape)}")
     for name, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-    C, N = x.shape[1], weight.N
+    C = x.shape[1]
     if C % groups or N % groups:
         raise ValueError(f"groups must divide the channels, got {groups} for {C} in and {N} out")
-    if weight.is_depthwise and not groups == C == N:
-        raise ValueError(
-            "a depthwise weight needs groups == input channels == output channels, "
-            f"got {groups}, {C} and {N}"
-        )
-    if C == 0 or weight.K % (C // groups):
+    if C == 0 or K % (C // groups):
         raise ValueError(
             f"x has {C} channels in {groups} groups, which do not fit a weight of "
-            f"{weight.K} values an output channel"
+            f"{K} values an output channel"
         )
-    kernel_size = weight.K // (C // groups)
+    kernel_size = K // (C // groups)
     left, right = resolve_padding(padding, kernel_size, stride, dilation)
     geometry = Geometry(kernel_size, stride, left, right, dilation, groups)
     if x.shape[2] + left + right < geometry.span:
@@ -72,8 +80,14 @@ def check_tensors(
     if residual is not None:
         N_out = N // 2 if epilogue == "glu" else N
         _check_tensor("residual", residual, (B, N_out, T_out), (x.dtype,), x.device)
+    check_lengths(lengths, x)
+
+
+def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+    """Refuse lengths that are not [B] integers on the device of x [B, ...]."""
     if lengths is not None:
-        _check_tensor("lengths", lengths, (B,), (torch.int32, torch.int64), x.device)
+        integers = (torch.int32, torch.int64)
+        _check_tensor("lengths", lengths, (x.shape[0],), integers, x.device)
 
 
 def _check_tensor(

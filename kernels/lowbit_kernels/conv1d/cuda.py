@@ -13,9 +13,12 @@ from lowbit_kernels.conv1d.kernels.depthwise import (
     depthwise_conv1d_dx_triton,
     depthwise_conv1d_triton,
 )
-from lowbit_kernels.conv1d.kernels.frames import copy_frames_triton, quantize_frames_triton
-from lowbit_kernels.conv1d.kernels.implicit_gemm import implicit_gemm_conv1d_triton
-from lowbit_kernels.conv1d.kernels.implicit_gemm_dx import implicit_gemm_conv1d_dx_triton
+from lowbit_kernels.conv1d.kernels.frames import (
+    copy_frames_triton,
+    quantize_frames_triton,
+    windows,
+)
+from lowbit_kernels.conv1d.kernels.grouped import grouped_conv1d_dx_triton
 from lowbit_kernels.conv1d.layout import channel_first, channel_last
 from lowbit_kernels.conv1d.reference import conv_weight
 from lowbit_kernels.conv1d.runs import conv1d_by_runs, conv1d_dx_by_runs
@@ -56,8 +59,7 @@ def choose_kernel(
     Returns:
         ``"depthwise"``; ``"dequant_cudnn"``: the weight is dequantized to memory and torch
         convolves; ``"dequant_cublas"``: the same by matrix products over views (``runs.py``);
-        ``"matmul"``: the linear layer's kernel over an overlapping view of x;
-        ``"implicit_gemm"``: grouped or dilated.
+        ``"matmul"``: the linear layer's kernel over an overlapping view of x.
 
     Raises:
         NotImplementedError: on a GPU older than the kernels serve; for a deterministic product of
@@ -70,11 +72,11 @@ def choose_kernel(
     if is_depthwise:
         return "depthwise"
     if geometry.groups > 1 and (inputs is not None or dtype != torch.float32):
-        return "implicit_gemm"  # torch's grouped convolutions are slow at every size
+        return "matmul"  # torch's grouped convolutions are slow at every size
     if backend == "dequant_cublas":
         has_runs = dtype != torch.float32 and geometry.dilation == 1
         return "dequant_cublas" if has_runs else "dequant_cudnn"
-    return "matmul" if geometry.dilation == 1 else "implicit_gemm"
+    return "matmul"
 
 
 def conv1d_cuda(
@@ -110,7 +112,9 @@ def conv1d_cuda(
             kernel == "dequant_cublas",
         )  # fmt: skip
     else:
-        y, z = _direct(x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation)
+        y, z = _depthwise(
+            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation
+        )
     y = channel_first(y.view(B, T_out, y.shape[-1]))
     return y, None if z is None else channel_first(z.view(B, T_out, weight.N))
 
@@ -139,17 +143,18 @@ def conv1d_backward_cuda(
         weight.spec.deterministic,
     )  # fmt: skip
     dz = dz.view(B, T_out, weight.N)
-    fixed = weight.spec.deterministic
-    if kernel == "matmul" and B * T_out >= DEQUANTIZE_DX_FROM_M and not fixed:
+    may_run = geometry.groups == geometry.dilation == 1 and not weight.spec.deterministic
+    if kernel == "matmul" and may_run and B * T_out >= DEQUANTIZE_DX_FROM_M:
         kernel = "dequant_cublas"
     if kernel.startswith("dequant"):
         by_runs = kernel == "dequant_cublas"
         return _dequantized_dx(dz, weight, lengths, geometry, T, by_runs), dbias
-    dx = torch.empty(B, T, C, dtype=dz.dtype, device=dz.device)
     if kernel == "depthwise":
+        dx = torch.empty(B, T, C, dtype=dz.dtype, device=dz.device)
         depthwise_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
     else:
-        implicit_gemm_conv1d_dx_triton(dz, weight, lengths, geometry, dx)
+        dense = dequantize_triton(weight, dz.dtype)
+        dx = grouped_conv1d_dx_triton(dz, dense, lengths, geometry, T)
     return channel_first(dx), dbias
 
 
@@ -164,25 +169,34 @@ def _matmul(
     want_preactivation: bool,
     gpu: Gpu,
 ) -> Outputs:
-    """A dense convolution as a matmul over windows [B, T_out, taps * C] that overlap in memory."""
-    (B, T, C), dtype, k, x_scale = x.shape, x.dtype, geometry.kernel_size, None
-    T_out = geometry.frames_out(T)
-    if weight.spec.inputs is not None:
-        x, scale = quantize_frames_triton(x, weight.input_scale, lengths, geometry, pad=True)
-        x_scale = scale[:, None].expand(B, T_out).flatten().contiguous()
-    elif geometry.left or geometry.right or lengths is not None or x.stride(1) != C:
-        x = copy_frames_triton(x, lengths, geometry, pad=True)
-    windows = x.as_strided((B, T_out, k * C), (x.stride(0), geometry.stride * C, 1))
-    residual = None if residual is None else residual.flatten(0, 1)
-    rows = planned_rows(B * T_out, weight.spec.deterministic, DETERMINISTIC_FRAMES)
-    config = choose_config(rows, weight.N, weight.K, weight.spec.bits, x.itemsize, gpu)
-    return linear_triton(
-        windows, weight, bias, residual, epilogue, config,
-        x_scale=x_scale, dtype=dtype, want_preactivation=want_preactivation,
+    """A matmul a group over windows [B, T_out, taps * C / groups] that overlap in memory.
+
+    Of a base model's positional convolution, 4 bits, read off sm_90's code and not measured: a step
+    of 64 x 128 x 64 takes 180 instructions a thread and 256 cycles of the matrix unit, of which 48
+    of 64 rows count; shared memory and L1 are busy for 432.
+    """
+    (B, T, C), dtype, G, x_scale = x.shape, x.dtype, geometry.groups, None
+    T_out, spec = geometry.frames_out(T), weight.spec
+    if spec.inputs is not None:
+        x, x_scale = quantize_frames_triton(
+            x, weight.input_scale, lengths, geometry, pad=True, groups=G, scale_rows=T_out
+        )
+    elif geometry.left or geometry.right or lengths is not None or G > 1 or x.stride(1) != C:
+        x = copy_frames_triton(x, lengths, geometry, pad=True, groups=G)
+    # a channel and its gate lie in different groups: one more pass
+    gates_after = G > 1 and epilogue == "glu"
+    rows = planned_rows(B * T_out, spec.deterministic, DETERMINISTIC_FRAMES)
+    config = choose_config(rows, weight.N // G, weight.K, spec.bits, x.itemsize, gpu, G)
+    y, z = linear_triton(
+        windows(x, geometry), weight, bias,
+        None if residual is None or gates_after else residual.flatten(0, 1),
+        None if gates_after else epilogue, config, x_scale=x_scale, dtype=dtype,
+        want_preactivation=want_preactivation and not gates_after, groups=G,
     )  # fmt: skip
+    return (_finish(y, residual, epilogue), y) if gates_after else (y, z)
 
 
-def _direct(
+def _depthwise(
     x: Tensor,
     weight: QuantizedWeight,
     bias: Tensor | None,
@@ -192,19 +206,19 @@ def _direct(
     epilogue: str | None,
     want_preactivation: bool,
 ) -> Outputs:
-    """A depthwise, grouped or dilated convolution that reads x where its taps fall."""
     (B, T, _), dtype, N, input_scale = x.shape, x.dtype, weight.N, None
     if weight.spec.inputs is not None:
         x, input_scale = quantize_frames_triton(x, weight.input_scale, lengths, geometry, pad=False)
         lengths = None  # the padded integers are zeros already
-    launch = depthwise_conv1d_triton if weight.is_depthwise else implicit_gemm_conv1d_triton
     y = torch.empty(B, geometry.frames_out(T), N, dtype=dtype, device=x.device)
-    if epilogue == "glu":  # a channel and its gate lie in different tiles: one more pass
-        launch(x, weight, bias, None, lengths, geometry, None, y, None, input_scale)
-        return _finish(y, residual, epilogue), y
-    z = torch.empty_like(y) if want_preactivation else None
-    launch(x, weight, bias, residual, lengths, geometry, epilogue, y, z, input_scale)
-    return y, z
+    # a channel and its gate lie in different tiles: one more pass
+    gates_after = epilogue == "glu"
+    z = torch.empty_like(y) if want_preactivation and not gates_after else None
+    depthwise_conv1d_triton(
+        x, weight, bias, None if gates_after else residual, lengths, geometry,
+        None if gates_after else epilogue, y, z, input_scale,
+    )  # fmt: skip
+    return (_finish(y.flatten(0, 1), residual, epilogue), y) if gates_after else (y, z)
 
 
 def _dequantized(
@@ -235,7 +249,7 @@ def _dequantized(
         z = z.transpose(1, 2).contiguous()
     if epilogue is None and residual is None and not want_preactivation:
         return z, None
-    return _finish(z, residual, epilogue), z
+    return _finish(z.flatten(0, 1), residual, epilogue), z
 
 
 def _dequantized_dx(
@@ -266,6 +280,6 @@ def _dequantized_dx(
 
 
 def _finish(z: Tensor, residual: Tensor | None, epilogue: str | None) -> Tensor:
-    """``epilogue(z) + residual`` in one pass: [M, N_out] of z [B, T_out, N]."""
+    """``epilogue(z) + residual`` in one pass: [M, N_out] of z [M, N]."""
     residual = None if residual is None else residual.flatten(0, 1)
-    return finish_triton(z.flatten(0, 1)[None], None, None, None, residual, epilogue, z.dtype)
+    return finish_triton(z[None], None, None, None, residual, epilogue, z.dtype)

@@ -1,7 +1,8 @@
-"""torch.ops.lowbit.front_end: a whole convolutional front end in one call, on a CPU.
+"""torch.ops.lowbit.front_end: a whole convolutional front end in one call.
 
-Between its layers only bytes travel, and every norm and activation runs on rows that are still in
-the cache. Other devices, and training, call the layers one by one.
+On a CPU only bytes travel between its layers, and every norm and activation runs on rows that are
+still in the cache. On CUDA the first layer is written once, normalized. Training calls the layers
+one by one.
 
 Dimension key: B utterances, S samples, T frames, N channels of the last layer.
 """
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.conv1d.geometry import MAX_WINDOW
 from lowbit_kernels.cpu import FrontEndLayer, Norm, front_end_cpu
+from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 
 torch.library.define(
@@ -84,11 +87,8 @@ def _fake(
     return waveform.new_empty(waveform.shape[0], frames, _parse(layout)[-1]["N"])
 
 
-@torch.library.impl("lowbit::front_end", "cpu")
-def _cpu(
-    waveform: Tensor, lengths: Tensor | None, tensors: list[Tensor | None], layout: str
-) -> Tensor:
-    _frames(waveform.shape[1], layout)
+def _layers(tensors: list[Tensor | None], layout: str) -> list[FrontEndLayer]:
+    """What ``flatten_layers`` and ``describe_layers`` took apart."""
     layers = []
     for i, layer in enumerate(_parse(layout)):
         (
@@ -110,16 +110,52 @@ def _cpu(
         layers.append(
             FrontEndLayer(packed, bias, layer["stride"], norm, layer["activation"], offset)
         )
-    return front_end_cpu(waveform, layers, lengths)
+    return layers
+
+
+@torch.library.impl("lowbit::front_end", "cpu")
+def _cpu(
+    waveform: Tensor, lengths: Tensor | None, tensors: list[Tensor | None], layout: str
+) -> Tensor:
+    _frames(waveform.shape[1], layout)
+    return front_end_cpu(waveform, _layers(tensors, layout), lengths)
+
+
+def _cuda(
+    waveform: Tensor, lengths: Tensor | None, tensors: list[Tensor | None], layout: str
+) -> Tensor:
+    from lowbit_kernels.conv1d.front_end_cuda import front_end_cuda
+
+    _frames(waveform.shape[1], layout)
+    weight = tensors[0]
+    assert weight is not None, "flatten_layers puts it there"
+    if not serves(waveform, weight):
+        raise NotImplementedError(
+            f"on CUDA front_end serves fp16 and bf16 waveforms, a first weight of the same dtype "
+            f"and up to {MAX_WINDOW} taps, got {waveform.dtype}, {weight.dtype} and "
+            f"{weight.shape[2]} taps: call the layers one by one"
+        )
+    return front_end_cuda(waveform, _layers(tensors, layout), lengths)
+
+
+implement_on_cuda("lowbit::front_end", _cuda)
+
+
+def serves(waveform: Tensor, weight: Tensor) -> bool:
+    """Whether ``front_end`` takes a waveform [B, S] with the first layer's weight [N, 1, taps]."""
+    if waveform.device.type == "cuda":
+        is_half = waveform.dtype in (torch.float16, torch.bfloat16)
+        return is_half and weight.dtype == waveform.dtype and weight.shape[2] <= MAX_WINDOW
+    return waveform.device.type == "cpu" and waveform.dtype != torch.float64
 
 
 def front_end(
     waveform: Tensor, lengths: Tensor | None, tensors: list[Tensor | None], layout: str
 ) -> Tensor:
-    """Run a convolutional front end in one call; CPU tensors only, no gradient.
+    """Run a convolutional front end in one call; no gradient.
 
     Args:
-        waveform: [B, S], fp16, bf16 or fp32.
+        waveform: [B, S], fp16, bf16 or, on a CPU, fp32; on CUDA in the dtype of the first weight.
         lengths: [B], the valid samples; ``None``: all.
         tensors: of ``flatten_layers``.
         layout: of ``describe_layers``.
@@ -129,6 +165,7 @@ def front_end(
 
     Raises:
         ValueError: if ``waveform`` is not a matrix of a served dtype, or too short for one frame.
+        NotImplementedError: on CUDA for what ``serves`` says no to.
     """
     if waveform.dim() != 2 or waveform.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 Padding = int | str | tuple[int, int]
 
+# of a front end's first layer on CUDA, whose matrix unit takes windows of so many samples
+MAX_WINDOW = 16
+
 
 @dataclass(frozen=True)
 class Geometry:

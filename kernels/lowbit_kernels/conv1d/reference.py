@@ -42,10 +42,10 @@ def preactivation_reference(
     """``conv1d(x, W) + bias``, [B, N, T_out], in the dtype of x [B, C, T]."""
     x = mask_frames(x, lengths)
     if weight.spec.inputs is None:
-        return _convolve(x, conv_weight(weight.dequantize(x.dtype), geometry), bias, geometry)
+        return convolve(x, conv_weight(weight.dequantize(x.dtype), geometry), bias, geometry)
     q, input_scale = quantize_utterances(x, weight.input_scale)
     # integers below 2 ** 53 are exact in float64, and so are their sums
-    sums = _convolve(q.double(), conv_weight(weight.integers().double(), geometry), None, geometry)
+    sums = convolve(q.double(), conv_weight(weight.integers().double(), geometry), None, geometry)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = sums.to(wide) * (input_scale[:, None] * weight.scale).to(wide)[..., None]
     return (y if bias is None else y + bias.to(wide)[:, None]).to(x.dtype)
@@ -110,7 +110,8 @@ def conv1d_backward_reference(
     return mask_frames(dx, lengths), grad.sum((0, 2))
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``F.conv1d`` of x [B, C, T] and a weight [N, C / groups, taps]."""
     return F.conv1d(
         F.pad(x, (geometry.left, geometry.right)),
         weight,
@@ -119,3 +120,24 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
         dilation=geometry.dilation,
         groups=geometry.groups,
     )
+
+
+def convolution_gradients(
+    dz: Tensor, frames: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's gradients of padded frames [B, C, T] and of the weight [N, taps * C / groups].
+
+    Args:
+        dz: [B, N, T_out].
+        frames: [B, C, T].
+        weight: [N, taps * C / groups].
+        geometry: its padding is in ``frames``.
+        needs: which of the two are wanted; the other one is empty.
+    """
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dz, frames, conv_weight(weight, geometry), None, [geometry.stride], [0],
+        [geometry.dilation], False, [0], geometry.groups, [*needs, False],
+    )  # fmt: skip
+    empty = dz.new_empty(0)
+    dweight = dweight.transpose(1, 2).flatten(1) if needs[1] else empty
+    return dx if needs[0] else empty, dweight

@@ -1,6 +1,7 @@
 """Static input scales: the largest input each layer sees on calibration clips."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,25 +39,26 @@ def observe_input_scales(
     """
     largest: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            x = x - offsets[name][:, None].to(x.dtype) if name in offsets else x
-            amax = x.abs().amax().float().cpu()
-            largest[name] = torch.maximum(largest.get(name, amax), amax)
+    def watch(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        x = x - offsets[name][:, None].to(x.dtype) if name in offsets else x
+        amax = x.abs().amax().float().cpu()
+        largest[name] = torch.maximum(largest.get(name, amax), amax)
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layers.items()]
     count = 0
     try:
         with evaluating(model):
-            for clip in _check_clips(clips):
-                count += 1
+            for count, clip in enumerate(clips, 1):
                 if isinstance(clip, Mapping):
                     model(**clip)
-                else:
+                elif isinstance(clip, Tensor) and clip.dim():
                     model(clip[None] if clip.dim() == 1 else clip)
+                else:
+                    raise ValueError(
+                        "calibration must hold waveforms [S], [B, S] or mappings, "
+                        f"got a {type(clip).__name__} at {count - 1}"
+                    )
     finally:
         for handle in handles:
             handle.remove()
@@ -69,13 +71,3 @@ def observe_input_scales(
                 f"{name!r} saw a largest magnitude of {amax.item()}"
             )
     return {name: amax / INT8_MAX for name, amax in largest.items()}
-
-
-def _check_clips(clips: Iterable[Any]) -> Iterator[Tensor | Mapping[str, Any]]:
-    for i, clip in enumerate(clips):
-        if not isinstance(clip, Mapping) and not (isinstance(clip, Tensor) and clip.dim()):
-            raise ValueError(
-                "calibration must hold waveforms [S], [B, S] or mappings, "
-                f"got a {type(clip).__name__} at {i}"
-            )
-        yield clip

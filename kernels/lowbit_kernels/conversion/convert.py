@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,10 +81,12 @@ def _quantize(
     method: str,
     dry_run: bool,
 ) -> QuantizationReport:
-    plan = [_with_calibration(d, calibration is not None) for d in make_plan(model, config)]
+    plan = make_plan(model, config)
+    if calibration is not None:
+        plan = [_change(d, input_scale="static") if d.spec and d.spec.inputs else d for d in plan]
     _check_layers([decision for decision in plan if decision.spec is not None])
     offsets = _find_offsets(model, plan)
-    plan = [_with_offset(d, offsets) for d in plan]
+    plan = [_change(d, input_offset=d.name in offsets) for d in plan]
     chosen = [decision for decision in plan if decision.spec is not None]
     before = _bytes(model)
     # every new layer is made before the first old one goes, so an error leaves the model as it was
@@ -125,9 +127,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     replace_modules(model, {layer: layer.to_float() for layer in layers})
     for module in list(model.modules()):
         for adapter in (*ADAPTERS, *EXPOSERS):
-            restored = adapter.restore(module)
-            if restored is not module:
-                replace_modules(model, {module: restored})
+            replace_modules(model, {module: adapter.restore(module)})
     finish(model, None)
     return model
 
@@ -150,11 +150,10 @@ def _deterministic(config: QuantConfig) -> QuantConfig:
     return dataclasses.replace(config, default=fixed(config.default), overrides=overrides)
 
 
-def _with_calibration(decision: Decision, calibrated: bool) -> Decision:
-    spec = decision.spec
-    if not calibrated or spec is None or spec.inputs is None:
-        return decision
-    return dataclasses.replace(decision, spec=dataclasses.replace(spec, input_scale="static"))
+def _change(decision: Decision, **fields: Any) -> Decision:
+    """The decision with other fields of its spec, if it has one."""
+    spec = decision.spec and dataclasses.replace(decision.spec, **fields)
+    return dataclasses.replace(decision, spec=spec)
 
 
 def _find_offsets(model: nn.Module, plan: list[Decision]) -> dict[str, Tensor]:
@@ -172,14 +171,6 @@ def _takes_offset(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) and takes_offset(module)
 
 
-def _with_offset(decision: Decision, offsets: Mapping[str, Tensor]) -> Decision:
-    spec = decision.spec
-    if spec is None or spec.input_offset == (decision.name in offsets):
-        return decision
-    spec = dataclasses.replace(spec, input_offset=decision.name in offsets)
-    return dataclasses.replace(decision, spec=spec)
-
-
 def _leave_unused(decision: Decision) -> Decision:
     return dataclasses.replace(decision, spec=None, reason="no calibration clip reached it")
 
@@ -194,25 +185,16 @@ def _check_layers(chosen: list[Decision]) -> None:
         raise ValueError("model must hold real weights, got layers on the meta device")
 
 
-def _progress(chosen: list[Decision]) -> Iterator[Decision]:
+def _progress(chosen: list[Decision]) -> Iterable[Decision]:
     console = Console(stderr=True)
-    yield from track(
-        chosen,
-        description="quantizing",
-        console=console,
-        transient=True,
-        disable=not (console.is_terminal and sys.stderr.isatty()),
-    )
+    hidden = not (console.is_terminal and sys.stderr.isatty())
+    return track(chosen, "quantizing", console=console, transient=True, disable=hidden)
 
 
 def _quantized_layer(decision: Decision, method: str) -> QLinear | QConv1d:
-    module, spec = decision.module, decision.spec
-    assert spec is not None, "only chosen layers are quantized"
+    kind: Any = QConv1d if isinstance(decision.module, nn.Conv1d) else QLinear
     try:
-        if isinstance(module, nn.Conv1d):
-            return QConv1d.from_float(module, spec, method=method)
-        assert isinstance(module, nn.Linear), "the plan holds linear layers and convolutions"
-        return QLinear.from_float(module, spec, method=method)
+        return kind.from_float(decision.module, decision.spec, method=method)  # type: ignore[no-any-return]
     except ValueError as error:
         raise ValueError(f"{decision.name}: {error}") from None
 
@@ -222,18 +204,16 @@ def adapt(model: nn.Module) -> None:
     for module in list(model.modules()):
         for adapter in ADAPTERS:
             if adapter.matches(module):
-                adapted = adapter.adapt(module)
-                if adapted is not module:
-                    replace_modules(model, {module: adapted})
+                replace_modules(model, {module: adapter.adapt(module)})
 
 
 def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
-    before = _bytes(decision.module)
-    kind = type(decision.module).__name__.removeprefix("Parametrized")
+    name, reason, module = decision.name, decision.reason, decision.module
+    before, kind = _bytes(module), type(module).__name__.removeprefix("Parametrized")
     names = f"also registered as {', '.join(decision.other_names)}" if decision.other_names else ""
     if layer is None:
-        return LayerReport(decision.name, kind, None, decision.reason, before, before, note=names)
-    wanted = _weight_of(decision.module).float()
+        return LayerReport(name, kind, None, reason, before, before, note=names)
+    wanted = folded_weight(module).float()
     noise = layer.weight.as_subclass(Tensor).float() - wanted
     signal_power, noise_power = _row_power(wanted), _row_power(noise)
     rows = _decibels(signal_power, noise_power)
@@ -243,24 +223,10 @@ def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
     if coarse and layer.spec.group:
         first = ", ".join(map(str, coarse[:4])) + (", ..." if len(coarse) > 4 else "")
         notes.append(f"coarse rows (one huge group each): {first}")
+    copy, note = wanted.numel() if layer.spec.inputs == "int8" else 0, "; ".join(notes)
     return LayerReport(
-        decision.name,
-        kind,
-        str(layer.spec),
-        decision.reason,
-        before,
-        _bytes(layer),
-        wanted.numel() if layer.spec.inputs == "int8" else 0,
-        round(whole, 2),
-        "; ".join(notes),
+        name, kind, str(layer.spec), reason, before, _bytes(layer), copy, round(whole, 2), note
     )
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    if isinstance(module, nn.Conv1d):
-        return folded_weight(module)
-    assert isinstance(module, nn.Linear), "the plan holds linear layers and convolutions"
-    return module.weight.detach()
 
 
 def _row_power(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lowbit_kernels.conversion.registry import EXPOSERS
 from lowbit_kernels.conversion.replace import replace_modules
-from lowbit_kernels.modules import QATLinear, QuantizedModule
+from lowbit_kernels.modules import QATModule, QuantizedModule
 
 
 @contextmanager
@@ -28,14 +28,13 @@ def exposed(model: nn.Module, only: Collection[str] | None = None) -> Iterator[N
         for exposer in EXPOSERS:
             if name and _holds(name, only) and exposer.matches(module):
                 stand_in = exposer.adapt(module)
-                if stand_in is not module:
-                    replace_modules(model, {module: stand_in})
+                replace_modules(model, {module: stand_in})
                 replaced.append((module, stand_in, exposer))
     try:
         yield
     finally:
         for module, stand_in, exposer in replaced:
-            if any(isinstance(part, QuantizedModule | QATLinear) for part in stand_in.modules()):
+            if any(isinstance(part, QuantizedModule | QATModule) for part in stand_in.modules()):
                 continue
             if stand_in is module:
                 exposer.restore(module)

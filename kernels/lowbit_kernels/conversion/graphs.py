@@ -4,7 +4,7 @@ Dimension key: B utterances, T samples, F frames.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +14,8 @@ from torch import Tensor, nn
 MIN_SAMPLES = 400
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A replayable call and the tensors it reads and writes."""
-
-    replay: Callable[[], None]
-    waves: Tensor  # [B, T]
-    mask: Tensor  # [B, T] int64
-    output: Any
+# a replayable call; what it reads: waves [B, T] and mask [B, T] int64; and its output
+_Captured = tuple[Callable[[], None], Tensor, Tensor, Any]
 
 
 class GraphedModel(nn.Module):
@@ -52,16 +46,16 @@ class GraphedModel(nn.Module):
                 f"input_values must fit a captured bucket {list(self._captured)} "
                 f"(batch, samples), got {(B, T)}"
             )
-        graph = self._captured[key]
-        graph.waves.zero_()
-        graph.waves[:B, :T] = input_values
-        graph.mask.zero_()
-        graph.mask[:, :MIN_SAMPLES] = 1
-        graph.mask[:B] = 0
-        graph.mask[:B, :T] = 1 if attention_mask is None else attention_mask
-        graph.replay()
+        replay, waves, mask, output = self._captured[key]
+        waves.zero_()
+        waves[:B, :T] = input_values
+        mask.zero_()
+        mask[:, :MIN_SAMPLES] = 1
+        mask[:B] = 0
+        mask[:B, :T] = 1 if attention_mask is None else attention_mask
+        replay()
         frames = int(self.model._get_feat_extract_output_lengths(T))  # type: ignore[operator]
-        return _cut(graph.output, key[0], B, frames)
+        return _cut(output, key[0], B, frames)
 
 
 def _cut(output: Any, bucket: int, B: int, frames: int) -> Any:
@@ -72,8 +66,7 @@ def _cut(output: Any, bucket: int, B: int, frames: int) -> Any:
     if isinstance(output, tuple | list):
         return type(output)(_cut(item, bucket, B, frames) for item in output)
     if isinstance(output, dict):
-        cut = {name: _cut(item, bucket, B, frames) for name, item in output.items()}
-        return type(output)(**cut)
+        return type(output)(**{k: _cut(item, bucket, B, frames) for k, item in output.items()})
     return output
 
 
@@ -132,12 +125,8 @@ def _capture_all(
     for b, t in sorted(sizes, reverse=True):  # largest first, so that the pool is shared
         waves = torch.zeros(b, t, device=device, dtype=dtype)
         mask = torch.ones(b, t, device=device, dtype=torch.int64)
-
-        def call(waves: Tensor = waves, mask: Tensor = mask) -> Any:
-            return model(waves, attention_mask=mask)
-
-        replay, output, pool = capture(call, pool)
-        captured[b, t] = _Captured(replay, waves, mask, output)
+        replay, output, pool = capture(partial(model, waves, attention_mask=mask), pool)
+        captured[b, t] = (replay, waves, mask, output)
     return GraphedModel(model, captured)
 
 

@@ -1,6 +1,7 @@
 """Which layer of a model becomes what: decided once, before anything is changed."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -64,14 +65,16 @@ def make_plan(model: nn.Module, config: QuantConfig) -> list[Decision]:
     shared = _shared_weights(model)
     plan = []
     for module, names in names_of(model).items():
+        spec = None
         if isinstance(module, QuantizedModule):
-            plan.append(Decision(names[0], module, None, "quantized already", names[1:]))
+            reason = "quantized already"
         elif isinstance(module, nn.Linear | nn.Conv1d):
             spec, reason = _decide(names, module, config, readers, shared)
-            plan.append(Decision(names[0], module, spec, reason, names[1:]))
         elif isinstance(module, _NOT_SERVED):
             reason = f"nn.{_nn_name(module)} is not served"
-            plan.append(Decision(names[0], module, None, reason, names[1:]))
+        else:
+            continue
+        plan.append(Decision(names[0], module, spec, reason, names[1:]))
     return plan
 
 
@@ -129,11 +132,6 @@ def _weight_id(module: nn.Module) -> int:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            continue
-        (shared if id(weight) in seen else seen).add(id(weight))
-    return shared
+    weights = (module._parameters.get("weight") for module in model.modules())
+    counts = Counter(id(weight) for weight in weights if weight is not None)
+    return {weight for weight, count in counts.items() if count > 1}

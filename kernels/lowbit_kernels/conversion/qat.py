@@ -1,7 +1,5 @@
 """prepare_qat(model) and convert(model): train a model as it will be quantized, then pack it."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -12,7 +10,7 @@ from lowbit_kernels.conversion.registry import finish
 from lowbit_kernels.conversion.replace import names_of, replace_modules
 from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
 from lowbit_kernels.formats import QuantConfig, QuantSpec
-from lowbit_kernels.modules import QATLinear, QLinear, check_qat
+from lowbit_kernels.modules import QATConv1d, QATLinear, QATModule, QConv1d, QLinear
 
 # where a model remembers what it was prepared with
 _CONFIG = "_qat_config"
@@ -21,15 +19,15 @@ _CONFIG = "_qat_config"
 def prepare_qat(
     model: nn.Module, config: QuantConfig | QuantSpec | None = None, quantizer: str = "lsq"
 ) -> QuantizationReport:
-    """Put training twins in the place of a model's linear layers, in place.
+    """Put training twins in the place of a model's linear layers and convolutions, in place.
 
     The twins share the parameters of the layers and add learned scales: make the optimizer
-    afterwards. Then train, and call ``convert``. Convolutions have no twin: they stay in float.
+    afterwards. Then train, and call ``convert``.
 
     Args:
         model: any module.
         config: which layer gets what, as for ``quantize``.
-        quantizer: ``"ste"``, ``"lsq"`` or ``"elastic"``, see ``QATLinear``.
+        quantizer: ``"ste"``, ``"lsq"`` or ``"elastic"``, see ``QATLinear`` and ``QATConv1d``.
 
     Returns:
         A report with every layer: its spec, or what was left in float and why.
@@ -43,7 +41,7 @@ def prepare_qat(
         raise ValueError(f"model must be an nn.Module, got a {type(model).__name__}")
     config = _as_config(config)
     with torch.inference_mode(False), exposed(model):
-        plan = [_left_in_float(decision) for decision in make_plan(model, config)]
+        plan = make_plan(model, config)
         chosen = [decision for decision in plan if decision.spec is not None]
         _check_layers(chosen)
         twins = {d.module: _twin(d, quantizer) for d in chosen}
@@ -60,7 +58,7 @@ def prepare_qat(
     )
     notes = unmatched_patterns(plan, config)
     if not chosen:
-        notes.append("nothing will be quantized: no linear layer matched the config")
+        notes.append("nothing will be quantized: no layer matched the config")
     return QuantizationReport(layers, _bytes(model), _bytes(model), tuple(notes))
 
 
@@ -78,16 +76,16 @@ def convert(model: nn.Module) -> QuantizationReport:
             has set; the model is unchanged.
         NotImplementedError: for inputs of fewer than 8 bits; the model is unchanged.
     """
-    names = {m: n for m, n in names_of(model).items() if isinstance(m, QATLinear)}
+    names = {m: n for m, n in names_of(model).items() if isinstance(m, QATModule)}
     if not names or "" in next(iter(names.values())):
         raise ValueError(
             "model must contain layers that prepare_qat made, got "
             + ("the layer itself" if names else "none")
         )
     before, decisions = _bytes(model), []
-    packed: dict[nn.Module, QLinear] = {}
+    packed: dict[nn.Module, QLinear | QConv1d] = {}
     for layer, (name, *others) in names.items():
-        assert isinstance(layer, QATLinear), "chosen above"
+        assert isinstance(layer, QATLinear | QATConv1d), "chosen above"
         decisions.append(Decision(name, layer, layer.spec, "trained", tuple(others)))
         try:
             packed[layer] = layer.to_quantized()
@@ -101,22 +99,10 @@ def convert(model: nn.Module) -> QuantizationReport:
     return QuantizationReport(reports, before, _bytes(model))
 
 
-def _left_in_float(decision: Decision) -> Decision:
-    if decision.spec is None:
-        return decision
-    if not isinstance(decision.module, nn.Linear):
-        return replace(decision, spec=None, reason="convolutions train in float")
-    if nn.utils.parametrize.is_parametrized(decision.module):
-        return replace(decision, spec=None, reason="its weight is computed from other parameters")
-    return decision
-
-
-def _twin(decision: Decision, quantizer: str) -> QATLinear:
-    module, spec = decision.module, decision.spec
-    assert isinstance(module, nn.Linear), "others are left in float"
-    assert spec is not None, "chosen"
-    check_qat(spec, quantizer)
+def _twin(decision: Decision, quantizer: str) -> QATModule:
+    kind = QATConv1d if isinstance(decision.module, nn.Conv1d) else QATLinear
+    assert decision.spec is not None, "chosen"
     try:
-        return QATLinear.from_float(module, spec, quantizer)
+        return kind.from_float(decision.module, decision.spec, quantizer)
     except ValueError as error:
         raise ValueError(f"{decision.name}: {error}") from None

@@ -7,6 +7,8 @@ from torch import nn
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``new[old]`` wherever ``old`` stands below ``model``, in place."""
+    if all(old is module for old, module in new.items()):
+        return
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:

@@ -3,6 +3,8 @@
 Dimension key: B batch, H heads, T frames, D head dimension.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def attention_cpu(
         return None
     out, lse = empty_heads(q, torch.float32), torch.empty(q.shape[:3])
     if q.numel():
-        arguments, held = _arguments(q, k, v, lengths, bias, window, scale, lse, seed, dropout_p)
+        arguments, held = _arguments(lse, q, k, v, lengths, bias, window, scale, seed, dropout_p)
         arguments.out = lib.pointer(out)
         if library.attention(arguments):
             raise MemoryError("no memory for the keys of an attention layer")
@@ -100,19 +102,16 @@ def attention_backward_cpu(
     library = lib.native()
     if library is None:
         return None
-    grads = [empty_heads(q, torch.float32).zero_() for _ in range(3)]
-    dbias = None
-    if bias is not None and needs_bias_grad:
-        dbias = torch.zeros(bias.shape)
+    dq, dk, dv = (empty_heads(q, torch.float32).zero_() for _ in range(3))
+    dbias = torch.zeros(bias.shape) if bias is not None and needs_bias_grad else None
     if q.numel():
         grad_rows = _rows(grad_out)
         delta = (grad_rows * out).sum(-1).contiguous()
-        forward, held = _arguments(q, k, v, lengths, bias, window, scale, lse, seed, dropout_p)
-        outputs = [lib.pointer(grad) for grad in grads]
+        forward, held = _arguments(lse, q, k, v, lengths, bias, window, scale, seed, dropout_p)
         arguments = lib.AttentionGradient(
             forward=forward, grad_out=lib.pointer(grad_rows), grad_strides=grad_rows.stride()[:3],
-            delta=lib.pointer(delta), dbias=lib.pointer(dbias),
-            **dict(zip(("dq", "dk", "dv"), outputs, strict=True)),
+            delta=lib.pointer(delta), dq=lib.pointer(dq), dk=lib.pointer(dk), dv=lib.pointer(dv),
+            dbias=lib.pointer(dbias),
         )  # fmt: skip
         if dbias is not None:
             arguments.bias_sizes = tuple(dbias.shape[:2])
@@ -120,23 +119,13 @@ def attention_backward_cpu(
         if library.attention_backward(arguments):
             raise MemoryError("no memory for the gradient of an attention layer")
         del held
-    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+    dq, dk, dv = (grad.to(q.dtype) for grad in (dq, dk, dv))
     return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype)
 
 
-def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    window: int | None,
-    scale: float,
-    lse: Tensor,
-    seed: int,
-    dropout_p: float,
-) -> tuple[lib.Attention, list[Tensor | None]]:
+def _arguments(lse: Tensor, *call: Any) -> tuple[lib.Attention, list[Tensor | None]]:
     """Arguments without an output, and the tensors that must live as long as they do."""
+    q, k, v, lengths, bias, window, scale, seed, dropout_p = call
     B, H, T, D = q.shape
     q, k, v = (_rows(x) for x in (q, k, v))
     bias = None if bias is None else _rows(bias.expand(*bias.shape[:-1], T)).expand(B, H, T, T)

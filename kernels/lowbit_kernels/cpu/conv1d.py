@@ -6,8 +6,8 @@ which the taps of one output frame lie side by side: the convolution is a matmul
 rows and copies nothing.
 """
 
-import ctypes
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit_kernels.cpu import library as lib
 from lowbit_kernels.cpu import portable
-from lowbit_kernels.cpu.product import ACTIVATIONS, SLACK_BYTES, Finish, Rows, check, multiply
+from lowbit_kernels.cpu.product import ACTIVATIONS, Finish, Rows, check, multiply, with_slack
 from lowbit_kernels.cpu.resident import ZERO_POINT
 from lowbit_kernels.formats import QuantizedWeight
 
@@ -80,7 +80,8 @@ def conv1d_cpu(
     y = []
     for b in range(B):
         finish = Finish(bias, epilogue, None if residual is None else residual[b])
-        y.append(run(x[b].float().contiguous(), valid[b], weight, finish, window).to(x.dtype))
+        layer = partial(run, x[b].float().contiguous(), valid[b], weight, window)
+        y.append(finish.run(layer).to(x.dtype))
     if B == 1:
         return y[0][None]
     width = weight.N // 2 if epilogue == "glu" else weight.N
@@ -88,9 +89,9 @@ def conv1d_cpu(
 
 
 def _dense(
-    x: Tensor, valid: int, weight: QuantizedWeight, finish: Finish, window: Window
+    x: Tensor, valid: int, weight: QuantizedWeight, window: Window, finish: Finish
 ) -> Tensor:
-    """One utterance [T, C] to [M, N_out]."""
+    """One utterance [T, C] to [M, N]."""
     scale = input_scale(x, valid, weight)
     if scale is None:
         planes = _float_planes(x, valid, window)
@@ -115,12 +116,9 @@ def input_scale(x: Tensor, valid: int, weight: QuantizedWeight) -> Tensor | None
 
 
 def quantize_planes(x: Tensor, valid: int, scale: Tensor, window: Window) -> Tensor:
-    """One utterance [T, C] to padded uint8 planes [G, left + T + right, C / G], zero point 128.
-
-    The planes have ``SLACK_BYTES`` behind them.
-    """
+    """One utterance [T, C] to padded uint8 planes [G, left + T + right, C / G], zero point 128."""
     (T, C), (left, right), G = x.shape, window.padding, window.groups
-    planes = _with_slack((G, left + T + right, C // G), torch.uint8)
+    planes = with_slack((G, left + T + right, C // G), torch.uint8)
     library = lib.native()
     if library is not None:
         library.quantize_frames(
@@ -143,13 +141,6 @@ def _float_planes(x: Tensor, valid: int, window: Window) -> Tensor:
     return frames.view(-1, G, C // G).transpose(0, 1).contiguous()
 
 
-def _with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
-    return lib.empty(count + SLACK_BYTES, dtype=dtype)[:count].view(shape)
-
-
 def _rows(planes: Tensor, M: int, window: Window) -> Rows:
     G, T, C = planes.shape
     taps, step = window.taps, window.stride * C
@@ -159,43 +150,24 @@ def _rows(planes: Tensor, M: int, window: Window) -> Rows:
     spread = planes.as_strided(
         (G, M, taps, C), (T * C, step, window.dilation * C, 1), planes.storage_offset()
     )
-    gathered = _with_slack((G, M, taps, C), planes.dtype).copy_(spread)
+    gathered = with_slack((G, M, taps, C), planes.dtype).copy_(spread)
     return Rows(gathered, M, taps * C, taps * C, G, M * taps * C)
 
 
 def _depthwise(
-    x: Tensor, valid: int, weight: QuantizedWeight, finish: Finish, window: Window
+    x: Tensor, valid: int, weight: QuantizedWeight, window: Window, finish: Finish
 ) -> Tensor:
-    """One utterance [T, C] to [M, N_out]."""
-    finish = finish.prepared()
-    if finish.epilogue == "glu":
-        plain = Finish(finish.bias, None, None)
-        return finish.after_glu(_depthwise(x, valid, weight, plain, window))
-    scale = input_scale(x, valid, weight)
+    """One utterance [T, C] to [M, C]."""
+    (T, C), scale = x.shape, input_scale(x, valid, weight)
     library = lib.native()
-    if library is not None:
-        return _native_depthwise(library, x, valid, scale, weight, finish, window)
-    x = F.pad(x[:valid], (0, 0, 0, x.shape[0] - valid))
-    if scale is not None:
-        x = portable.quantize(x, scale)
-    padded = F.pad(x.t(), window.padding)[None]
-    integers = weight.integers().float()[:, None]
-    sums = F.conv1d(padded, integers, None, window.stride, 0, window.dilation, window.groups)
-    y = sums[0].t() * (weight.scale if scale is None else weight.scale * scale)
-    y = portable.activate(y if finish.bias is None else y + finish.bias, finish.epilogue)
-    return y if finish.residual is None else y + finish.residual
-
-
-def _native_depthwise(
-    library: ctypes.CDLL,
-    x: Tensor,
-    valid: int,
-    scale: Tensor | None,
-    weight: QuantizedWeight,
-    finish: Finish,
-    window: Window,
-) -> Tensor:
-    T, C = x.shape
+    if library is None:
+        x = F.pad(x[:valid], (0, 0, 0, T - valid))
+        x = x if scale is None else portable.quantize(x, scale)
+        padded, integers = F.pad(x.t(), window.padding)[None], weight.integers().float()[:, None]
+        sums = F.conv1d(padded, integers, None, window.stride, 0, window.dilation, window.groups)
+        y = sums[0].t() * (weight.scale if scale is None else weight.scale * scale)
+        y = portable.activate(y if finish.bias is None else y + finish.bias, finish.epilogue)
+        return y if finish.residual is None else y + finish.residual
     out = lib.empty(window.frames_out(T), C)
     levels, channel_scale = weight.qweight.contiguous(), weight.scale.float().contiguous()
     arguments = lib.Depthwise(

@@ -9,13 +9,15 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
-from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,142 +31,96 @@ COMPILE_SECONDS = 120
 LARGE_BYTES = 4 << 20
 
 
-class Matmul(ctypes.Structure):
-    """``struct Matmul`` of csrc/matmul.h, field by field."""
+def _number(kind: str) -> Any:
+    """The ctypes type of ``int64_t``, ``float`` and the like."""
+    return getattr(ctypes, f"c_{kind.removesuffix('_t')}")
 
-    _fields_ = (
-        ("M", c_int64), ("N", c_int64), ("K", c_int64), ("groups", c_int64),
-        ("a", c_void_p), ("a_stride", c_int64), ("a_group_stride", c_int64),
-        ("row_scale", c_void_p), ("column_scale", c_void_p),
-        ("scale", c_float), ("activation", c_int32),
-        ("bias", c_void_p), ("residual", c_void_p), ("residual_stride", c_int64),
-        ("out", c_void_p), ("out_stride", c_int64),
-        ("largest", c_void_p), ("offset", c_void_p), ("threads", c_int64),
-    )  # fmt: skip
+
+def _fields(header: str, name: str, **structs: type[ctypes.Structure]) -> list[tuple[str, Any]]:
+    """The fields of a struct of csrc, as C++ declares them: ``const type* a; type b, c[3];``.
+
+    Args:
+        header: the file that declares the struct.
+        name: of the struct.
+        **structs: structs that are fields of it.
+    """
+    text = re.sub("//.*", "", (SOURCES / header).read_text("utf-8"))
+    body = text.partition(f"struct {name} {{")[2].partition("};")[0]
+    fields = []
+    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
+        plain = c_void_p if star else structs.get(kind) or _number(kind)
+        for field, count in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
+            fields.append((field, plain * int(count) if count else plain))
+    return fields
+
+
+class Matmul(ctypes.Structure):
+    """``struct Matmul`` of csrc/matmul.h."""
+
+    _fields_ = _fields("matmul.h", "Matmul")
 
 
 class PackedWeight(ctypes.Structure):
     """``struct PackedWeight`` of csrc/weight.h."""
 
-    _fields_ = (
-        ("bytes", c_void_p), ("pitch", c_int64), ("bits", c_int64), ("asymmetric", c_int64),
-        ("group_size", c_int64), ("scale_groups", c_int64),
-        ("multiplier", c_void_p), ("zero", c_void_p),
-    )  # fmt: skip
+    _fields_ = _fields("weight.h", "PackedWeight")
 
 
 class Depthwise(ctypes.Structure):
     """``struct Depthwise`` of csrc/frames.h."""
 
-    _fields_ = (
-        ("valid", c_int64), ("channels", c_int64), ("out_frames", c_int64),
-        ("taps", c_int64), ("stride", c_int64), ("padding", c_int64), ("dilation", c_int64),
-        ("x", c_void_p), ("input_scale", c_void_p),
-        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
-        ("residual", c_void_p), ("activation", c_int32),
-        ("out", c_void_p), ("threads", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("frames.h", "Depthwise")
 
 
 class RowFinish(ctypes.Structure):
     """``struct RowFinish`` of csrc/rows.h."""
 
-    _fields_ = (
-        ("channels", c_int64), ("norm_weight", c_void_p), ("norm_bias", c_void_p),
-        ("eps", c_float), ("activation", c_int32), ("offset", c_void_p),
-        ("out", c_void_p), ("q", c_void_p), ("scale", c_void_p), ("largest", c_void_p),
-        ("threads", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("rows.h", "RowFinish")
 
 
 class FirstConv(ctypes.Structure):
     """``struct FirstConv`` of csrc/rows.h."""
 
-    _fields_ = (
-        ("frames", c_int64), ("taps", c_int64), ("stride", c_int64),
-        ("x", c_void_p), ("weight", c_void_p), ("bias", c_void_p),
-    )  # fmt: skip
+    _fields_ = _fields("rows.h", "FirstConv")
 
 
 class Attention(ctypes.Structure):
     """``struct Attention`` of csrc/attention.h."""
 
-    _fields_ = (
-        ("B", c_int64), ("H", c_int64), ("T", c_int64), ("D", c_int64),
-        ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
-        ("q_strides", c_int64 * 3), ("k_strides", c_int64 * 3), ("v_strides", c_int64 * 3),
-        ("lengths", c_void_p), ("bias", c_void_p), ("bias_strides", c_int64 * 3),
-        ("window", c_int64), ("scale", c_float), ("dropout", c_double), ("seed", c_uint64),
-        ("out", c_void_p), ("lse", c_void_p), ("threads", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("attention.h", "Attention")
 
 
 class AttentionGradient(ctypes.Structure):
     """``struct AttentionGradient`` of csrc/attention_backward.h."""
 
-    _fields_ = (
-        ("forward", Attention), ("grad_out", c_void_p), ("grad_strides", c_int64 * 3),
-        ("delta", c_void_p), ("dq", c_void_p), ("dk", c_void_p), ("dv", c_void_p),
-        ("dbias", c_void_p), ("bias_sizes", c_int64 * 2), ("dbias_strides", c_int64 * 4),
-    )  # fmt: skip
+    _fields_ = _fields("attention_backward.h", "AttentionGradient", Attention=Attention)
 
 
 class GroupNorm(ctypes.Structure):
     """``struct GroupNorm`` of csrc/norm.h."""
 
-    _fields_ = (
-        ("B", c_int64), ("C", c_int64), ("T", c_int64), ("groups", c_int64),
-        ("x", c_void_p), ("x_strides", c_int64 * 2), ("lengths", c_void_p),
-        ("weight", c_void_p), ("bias", c_void_p), ("eps", c_float),
-        ("mean", c_void_p), ("rstd", c_void_p), ("out", c_void_p),
-        ("grad", c_void_p), ("grad_strides", c_int64 * 2),
-        ("dweight", c_void_p), ("dbias", c_void_p), ("threads", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("norm.h", "GroupNorm")
 
 
 class NormQuantize(ctypes.Structure):
     """``struct NormQuantize`` of csrc/norm.h."""
 
-    _fields_ = (
-        ("rows", c_int64), ("columns", c_int64), ("x", c_void_p), ("residual", c_void_p),
-        ("weight", c_void_p), ("bias", c_void_p), ("eps", c_float),
-        ("h", c_void_p), ("y", c_void_p), ("q", c_void_p), ("scale", c_void_p),
-        ("mean", c_void_p), ("rstd", c_void_p), ("threads", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("norm.h", "NormQuantize")
 
 
 class ActivationQuantize(ctypes.Structure):
     """``struct ActivationQuantize`` of csrc/norm.h."""
 
-    _fields_ = (
-        ("rows", c_int64), ("columns", c_int64), ("x", c_void_p),
-        ("activation", c_int32), ("glu", c_int32), ("static_scale", c_void_p),
-        ("y", c_void_p), ("q", c_void_p), ("scale", c_void_p), ("threads", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("norm.h", "ActivationQuantize")
 
 
-SIGNATURES = {
-    "has_int8_matmul": (),
-    "advise_large_pages": (c_void_p, c_int64),
-    "matmul_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
-    "linear_int8": (ctypes.POINTER(Matmul), c_void_p, c_void_p),
-    "matmul_float": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
-    "matmul_few_rows": (ctypes.POINTER(Matmul), ctypes.POINTER(PackedWeight)),
-    "shared_scale": (c_void_p, c_int64, c_int64, c_void_p, c_int64),
-    "quantize_frames": (
-        c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
-        c_void_p, c_void_p, c_void_p, c_int64,
-    ),
-    "depthwise": (ctypes.POINTER(Depthwise),),
-    "attention": (ctypes.POINTER(Attention),),
-    "attention_backward": (ctypes.POINTER(AttentionGradient),),
-    "group_norm": (ctypes.POINTER(GroupNorm),),
-    "norm_quantize": (ctypes.POINTER(NormQuantize),),
-    "activation_quantize": (ctypes.POINTER(ActivationQuantize),),
-    "first_conv": (ctypes.POINTER(FirstConv), ctypes.POINTER(RowFinish)),
-    "finish_rows": (c_void_p, c_int64, ctypes.POINTER(RowFinish)),
-    "glu": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
-}  # fmt: skip
+def _argument(declaration: str) -> Any:
+    """The ctypes type of an argument in csrc: a number, or a pointer to numbers or a struct."""
+    kind, star, _ = declaration.partition("*")
+    if not star:
+        return _number(kind.split()[0])
+    struct = globals().get(kind.split()[-1])  # the classes above are named as in C++
+    return c_void_p if struct is None else ctypes.POINTER(struct)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -221,17 +177,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} failed: {error.stderr.strip().splitlines()[:1]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, f"{compiler}: {error}"
-    for name, arguments in SIGNATURES.items():
-        getattr(library, name).argtypes = arguments
+    text = (SOURCES / "native.cpp").read_text("utf-8")
+    for name, arguments in re.findall(r'extern "C" \w+ (\w+)\(([^)]*)\)', text):
+        getattr(library, name).argtypes = [_argument(part) for part in arguments.split(",") if part]
     return library, ""
 
 
 def _compiled(compiler: str) -> Path:
     """The shared library for these sources, this compiler and this processor."""
     sources = sorted(SOURCES.iterdir())
-    key = hashlib.sha256()
-    for part in (compiler, *FLAGS, _processor()):
-        key.update(part.encode())
+    key = hashlib.sha256("".join((compiler, *FLAGS, _processor())).encode())
     for source in sources:
         key.update(source.read_bytes())
     folder = _cache_folder()

@@ -3,14 +3,14 @@
 Dimension key: M rows, K input features, N output features, N_out N / 2 with ``glu`` and N without.
 """
 
-import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import library as lib
 from lowbit_kernels.cpu import portable
-from lowbit_kernels.cpu.product import ACTIVATIONS, SLACK_BYTES, Finish, Rows, check, multiply
+from lowbit_kernels.cpu.product import ACTIVATIONS, Finish, Rows, check, multiply, with_slack
 from lowbit_kernels.cpu.resident import ZERO_POINT, resident_int8
 from lowbit_kernels.formats import QuantizedWeight
 
@@ -53,10 +53,10 @@ def linear_cpu(
     residual = None if residual is None else residual.reshape(M, width)
     finish = Finish(bias, epilogue, residual)
     if weight.spec.inputs is None:
-        y = multiply(Rows(x_rows, M, weight.K, weight.K), weight, None, finish)
+        layer = partial(multiply, Rows(x_rows, M, weight.K, weight.K), weight, None)
     else:
-        y = _int8(x_rows, weight, x_scale_rows, finish)
-    return y.to(x.dtype).view(*batch, width)
+        layer = partial(_int8, x_rows, weight, x_scale_rows)
+    return finish.run(layer).to(x.dtype).view(*batch, width)
 
 
 def linear_int8_cpu(
@@ -78,59 +78,38 @@ def linear_int8_cpu(
     width = weight.N // 2 if epilogue == "glu" else weight.N
     if M == 0:
         return torch.empty(*q.shape[:-1], width)
-    levels = lib.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
-    torch.bitwise_xor(q.reshape(M, K).view(torch.uint8), ZERO_POINT, out=levels[: M * K].view(M, K))
+    levels = with_slack((M, K), torch.uint8)
+    torch.bitwise_xor(q.reshape(M, K).view(torch.uint8), ZERO_POINT, out=levels)
     scale = q_scale.reshape(M, 1).contiguous()
     finish = Finish(bias, epilogue, None if residual is None else residual.reshape(M, width))
-    return multiply(Rows(levels, M, K, K), weight, scale, finish).view(*q.shape[:-1], width)
+    y = finish.run(partial(multiply, Rows(levels, M, K, K), weight, scale))
+    return y.view(*q.shape[:-1], width)
 
 
 def _int8(
     x: Tensor, weight: QuantizedWeight, x_scale_rows: Tensor | None, finish: Finish
 ) -> Tensor:
-    """[M, N_out] from x [M, K] fp32."""
-    finish = finish.prepared()
-    if finish.epilogue == "glu":
-        plain = Finish(finish.bias, None, None)
-        return finish.after_glu(_int8(x, weight, x_scale_rows, plain))
-    library = lib.native_int8()
-    if library is not None:
-        return _native_int8(library, x, weight, x_scale_rows, finish)
-    q, scale = _quantize(x, x_scale_rows)
-    return multiply(Rows(q, x.shape[0], weight.K, weight.K), weight, scale, finish)
+    """[M, N] from x [M, K] fp32.
 
-
-def _native_int8(
-    library: ctypes.CDLL,
-    x: Tensor,
-    weight: QuantizedWeight,
-    x_scale_rows: Tensor | None,
-    finish: Finish,
-) -> Tensor:
-    """One call: in a decoder's step each Python line costs as much as the arithmetic."""
+    One call where our kernels are compiled: in a decoder's step each Python line costs as much as
+    the arithmetic.
+    """
     (M, K), N = x.shape, weight.N
-    scale = None if x_scale_rows is None else x_scale_rows.float().contiguous()
+    library = lib.native_int8()
+    if library is None:
+        scale = portable.scale_of(x.abs().amax(1)) if x_scale_rows is None else x_scale_rows
+        q = (portable.quantize(x, scale.reshape(M, 1)) + ZERO_POINT).to(torch.uint8)
+        return multiply(Rows(q, M, K, K), weight, scale.reshape(M, 1), finish)
+    row_scale = None if x_scale_rows is None else x_scale_rows.float().contiguous()
     column_scale, out = weight.scale.float().contiguous(), lib.empty(M, N)
-    resident = resident_int8(weight, "native")
+    panels, start = resident_int8(weight, "native").tensors
     arguments = lib.Matmul(
         M=M, N=N, K=K, groups=1, a=x.data_ptr(), a_stride=K,
-        row_scale=lib.pointer(scale), column_scale=column_scale.data_ptr(), scale=1.0,
+        row_scale=lib.pointer(row_scale), column_scale=column_scale.data_ptr(), scale=1.0,
         activation=ACTIVATIONS[finish.epilogue], bias=lib.pointer(finish.bias),
         residual=lib.pointer(finish.residual), residual_stride=N,
         out=out.data_ptr(), out_stride=N, threads=lib.threads(),
     )  # fmt: skip
-    start = lib.pointer(resident.start)
-    if library.linear_int8(arguments, resident.tensors[0].data_ptr(), start):
+    if library.linear_int8(arguments, panels.data_ptr(), start.data_ptr()):
         raise MemoryError("no memory for the int8 input of a linear layer")
     return out
-
-
-def _quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows [M, K] to uint8 with zero point 128, flat and with slack, and their scale [M, 1]."""
-    M, K = x.shape
-    q = lib.empty(M * K + SLACK_BYTES, dtype=torch.uint8)
-    if scale is None:
-        scale = portable.scale_of(x.abs().amax(1))
-    scale = scale.reshape(M, 1)
-    q[: M * K].view(M, K).copy_(portable.quantize(x, scale) + ZERO_POINT)
-    return q, scale

@@ -30,7 +30,8 @@ def check_deterministic(weight: QuantizedWeight, epilogue: str | None) -> None:
     """
     spec, compiled = weight.spec, lib.native() is not None
     exact = spec.inputs is not None and epilogue in (None, "relu")
-    if exact or (lib.native_int8() is not None if _needs_int8(weight) else compiled):
+    needs_int8 = spec.inputs is not None and not weight.is_depthwise
+    if exact or (lib.native_int8() is not None if needs_int8 else compiled):
         return
     remedy = "install a C++ compiler, or use inputs='int8' without a fused activation"
     raise NotImplementedError(
@@ -38,11 +39,6 @@ def check_deterministic(weight: QuantizedWeight, epilogue: str | None) -> None:
         f"CPU kernels, and this machine runs {lib.cpu_backend()}: "
         f"{'use inputs=None' if compiled else remedy}"
     )
-
-
-def _needs_int8(weight: QuantizedWeight) -> bool:
-    """Whether the compiled kernel of a weight needs the processor's int8 instructions."""
-    return weight.spec.inputs is not None and not weight.is_depthwise
 
 
 def scale_of(largest: Tensor) -> Tensor:
@@ -80,13 +76,11 @@ def matmul_int8(q: Tensor, resident: Resident, group: int, N: int) -> Tensor:
         [M, N] fp32 of exact int32 sums.
     """
     if resident.layout == "onednn":
-        ones = torch.ones(N)
-        zeros = torch.zeros(N, dtype=torch.int32)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        ones, zeros = torch.ones(N), torch.zeros(N, dtype=torch.int32)
+        return torch.ops.onednn.qlinear_pointwise.default(  # type: ignore[no-any-return]
             q.contiguous(), 1.0, ZERO_POINT, resident.tensors[group], ones, zeros, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        return y
     w, x = resident.tensors[0][group * N : (group + 1) * N], q.float() - ZERO_POINT
     total = torch.zeros(q.shape[0], N, dtype=torch.int32)
     for k in range(0, q.shape[1], EXACT_K):

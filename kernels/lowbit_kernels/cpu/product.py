@@ -4,7 +4,10 @@ Dimension key: M rows, K the reduction and N output channels, both of one group;
 """
 
 import ctypes
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from lowbit_kernels.cpu import library as lib
 from lowbit_kernels.cpu import portable
 from lowbit_kernels.cpu.resident import resident_int8
 from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.formats.weight import TENSORS
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 INPUTS = (None, "int8")
@@ -72,19 +76,29 @@ class Finish:
         residual = None if self.residual is None else self.residual.float().contiguous()
         return Finish(bias, self.epilogue, residual)
 
-    def after_glu(self, y: Tensor) -> Tensor:
+    def run(self, layer: Callable[["Finish"], Tensor]) -> Tensor:
+        """What ``layer`` gives, which finishes its sums itself, prepared, by all but a ``glu``."""
+        finish = self.prepared()
+        if finish.epilogue != "glu":
+            return layer(finish)
+        return finish._glu(layer(Finish(finish.bias, None, None)))
+
+    def _glu(self, y: Tensor) -> Tensor:
         """The output [M, N / 2] of the pre-activation y [M, N], contiguous."""
         library = lib.native()
-        if library is not None:
-            M, width = y.shape[0], y.shape[1] // 2
-            out = lib.empty(M, width)
-            library.glu(
-                lib.pointer(y), M, width, lib.pointer(self.residual), lib.pointer(out),
-                lib.threads(),
-            )  # fmt: skip
-            return out
-        y = F.glu(y)
-        return y if self.residual is None else y.add_(self.residual)
+        if library is None:
+            y = F.glu(y)
+            return y if self.residual is None else y.add_(self.residual)
+        M, width = y.shape[0], y.shape[1] // 2
+        out, residual = lib.empty(M, width), lib.pointer(self.residual)
+        library.glu(lib.pointer(y), M, width, residual, lib.pointer(out), lib.threads())
+        return out
+
+
+def with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialized memory of a shape with ``SLACK_BYTES`` behind it."""
+    count = math.prod(shape)
+    return lib.empty(count + SLACK_BYTES, dtype=dtype)[:count].view(shape)
 
 
 def check(x: Tensor, weight: QuantizedWeight, epilogue: str | None) -> None:
@@ -107,15 +121,11 @@ def multiply(
         rows: the input; uint8 where ``input_scale`` is given.
         weight: [G * N, K].
         input_scale: fp32 [M, 1] or []; None for a float input.
-        finish: what follows the sum.
+        finish: what follows the sum, as ``Finish.run`` hands it out.
 
     Returns:
-        [M, G * N] fp32; half as wide for ``glu``.
+        [M, G * N] fp32.
     """
-    finish = finish.prepared()
-    if finish.epilogue == "glu":
-        plain = Finish(finish.bias, None, None)
-        return finish.after_glu(multiply(rows, weight, input_scale, plain))
     library = lib.native() if input_scale is None else lib.native_int8()
     if library is not None:
         out = lib.empty(rows.M, weight.N)
@@ -143,7 +153,7 @@ def multiply_native(
     largest: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> None:
-    """``multiply`` into out, by our kernels; ``finish`` is prepared and is no ``glu``.
+    """``multiply`` into out, by our kernels.
 
     Args:
         library: the kernels.
@@ -172,20 +182,18 @@ def multiply_native(
         _native_float(library, arguments, weight)
     else:
         resident = resident_int8(weight, "native", rows.groups)
-        library.matmul_int8(
-            arguments, lib.pointer(resident.tensors[0]), lib.pointer(resident.start)
-        )
+        library.matmul_int8(arguments, *map(lib.pointer, resident.tensors))
 
 
 def _native_float(library: ctypes.CDLL, arguments: lib.Matmul, weight: QuantizedWeight) -> None:
-    asymmetric = weight.zero_point is not None
-    multiplier = weight.scale if asymmetric else weight.group_scale
+    zero, multiplier = weight.zero_point, weight.group_scale
+    if zero is not None:
+        zero, multiplier = zero.float().contiguous(), weight.scale
     multiplier = None if multiplier is None else multiplier.float().contiguous()
-    zero = None if weight.zero_point is None else weight.zero_point.float().contiguous()
     qweight = weight.qweight.contiguous()
     packed = lib.PackedWeight(
         bytes=lib.pointer(qweight), pitch=qweight.shape[1], bits=weight.spec.bits,
-        asymmetric=asymmetric, group_size=weight.spec.group,
+        asymmetric=zero is not None, group_size=weight.spec.group,
         scale_groups=0 if multiplier is None else multiplier.shape[1],
         multiplier=lib.pointer(multiplier), zero=lib.pointer(zero),
     )  # fmt: skip
@@ -215,11 +223,6 @@ def _float_sums(rows: Rows, weight: QuantizedWeight, total: Tensor) -> None:
 
 def _channels(weight: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
     """Output channels [start, end) of a weight."""
-    group_scale, zero = weight.group_scale, weight.zero_point
-    return replace(
-        weight,
-        qweight=weight.qweight[start:end],
-        scale=weight.scale[start:end],
-        group_scale=None if group_scale is None else group_scale[start:end],
-        zero_point=None if zero is None else zero[start:end],
-    )
+    stored = {name: getattr(weight, name) for name in TENSORS}
+    cut: dict[str, Any] = {k: None if t is None else t[start:end] for k, t in stored.items()}
+    return replace(weight, **cut)

@@ -26,20 +26,17 @@ class Resident:
         layout: ``"native"``: panels int8 [groups, P, ceil(K / 4), 48, 4]; ``"onednn"``: oneDNN's
             own order, one [K, N] matrix a group; ``"float"``: the integers in fp32 [groups * N, K];
             ``"rows"``: packed at 8 bits, as ``formats/packing.py`` says, for a GPU.
-        tensors: the copy.
-        start: int32 [groups, P * 48], -128 times the sum of each channel, which cancels the
-            input's zero point; native only.
+        tensors: the copy. A native one is followed by int32 [groups, P * 48]: -128 times the sum
+            of each channel, which cancels the input's zero point.
     """
 
     layout: str
     tensors: tuple[Tensor, ...]
-    start: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        held = (*self.tensors, *(() if self.start is None else (self.start,)))
         return sum(t.untyped_storage().nbytes() if t.layout == torch.strided else t.numel()
-                   for t in held)  # fmt: skip
+                   for t in self.tensors)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,8 @@ def resident_int8(weight: QuantizedWeight, layout: str, groups: int = 1) -> Resi
     if entry is not None and _is_true(entry, weight, layout, groups):
         return entry.resident
     parts = _parts(weight)
-    state = _state(parts)
+    state, copies = _state(parts), tuple(t.clone() for t in parts if t.is_inference())
     made = _expand(weight.integers(), layout, groups)
-    copies = tuple(t.clone() for t in parts if t.is_inference())
     with _lock:
         _entries[weight.qweight] = _Entry(made, groups, state, copies)
     return made
@@ -99,9 +95,8 @@ def resident_bytes(qweight: Tensor) -> int:
 
 
 def _parts(weight: QuantizedWeight) -> tuple[Tensor, ...]:
-    if weight.group_scale is None:
-        return (weight.qweight,)
-    return (weight.qweight, weight.group_scale)
+    qweight, group_scale = weight.qweight, weight.group_scale
+    return (qweight,) if group_scale is None else (qweight, group_scale)
 
 
 def _state(parts: tuple[Tensor, ...]) -> tuple[object, ...]:
@@ -122,16 +117,16 @@ def _is_true(entry: _Entry, weight: QuantizedWeight, layout: str, groups: int) -
 
 def _expand(integers: Tensor, layout: str, groups: int) -> Resident:
     if layout == "float":
-        return Resident(layout, (integers.float(),), None)
+        return Resident(layout, (integers.float(),))
     if layout == "rows":
-        return Resident(layout, (pack(to_codes(integers, 8), 8),), None)
+        return Resident(layout, (pack(to_codes(integers, 8), 8),))
     per_group = integers.view(groups, -1, integers.shape[1])
     if layout == "onednn":
         packed = [torch.ops.onednn.qlinear_prepack(w.contiguous(), None) for w in per_group]
-        return Resident(layout, tuple(packed), None)
+        return Resident(layout, tuple(packed))
     _, N, K = per_group.shape
     pad_n, pad_k = -N % PANEL, -K % 4
     padded = torch.nn.functional.pad(per_group, (0, pad_k, 0, pad_n))
     start = -ZERO_POINT * padded.sum(2, dtype=torch.int32)
     panels = padded.view(groups, (N + pad_n) // PANEL, PANEL, (K + pad_k) // 4, 4)
-    return Resident(layout, (panels.transpose(2, 3).contiguous(),), start)
+    return Resident(layout, (panels.transpose(2, 3).contiguous(), start))

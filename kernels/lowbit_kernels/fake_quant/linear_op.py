@@ -29,7 +29,7 @@ from lowbit_kernels.fake_quant.reference import (
 from lowbit_kernels.matmul.reference import apply_epilogue, epilogue_backward_reference
 
 # what stands for no quantizer in the schemas
-_FLOAT = (None, None, None, -1, 1, 1, 0, "float")
+FLOAT = (None, None, None, -1, 1, 1, 0, "float")
 
 torch.library.define(
     "lowbit::training_linear",
@@ -44,14 +44,14 @@ torch.library.define(
 )
 
 
-def _unpack_weight(weight: Tensor, packed: list[Any]) -> tuple[Tensor, Quantizer | None]:
+def unpack_weight(weight: Tensor, packed: list[Any]) -> tuple[Tensor, Quantizer | None]:
     """The weight, contiguous, and its quantizer, whose tensors are matrices."""
     if packed[-1] == "float":
         return weight.contiguous(), None
     return unpack(weight, packed)
 
 
-def _keeps_rounded(x: Tensor, weight: Tensor, method: str) -> bool:
+def keeps_rounded(x: Tensor, weight: Tensor, method: str) -> bool:
     """Whether the weight that multiplied is another tensor than the weight."""
     return method != "float" or x.dtype != weight.dtype
 
@@ -59,7 +59,7 @@ def _keeps_rounded(x: Tensor, weight: Tensor, method: str) -> bool:
 @torch.library.register_fake("lowbit::training_linear")
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, _, _, epilogue, save, *_, method = args
-    N, keeps = weight.shape[0], save and _keeps_rounded(x, weight, method)
+    N, keeps = weight.shape[0], save and keeps_rounded(x, weight, method)
     return (
         x.new_empty(output_shape(x, N, epilogue)),
         x.new_empty((*x.shape[:-1], N) if save and epilogue is not None else (0,)),
@@ -68,9 +68,10 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("lowbit::training_linear_backward")
-def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, x, weight, _, _, _, needs_x, needs_weight, needs_bias, scale, *_, method = args
-    learns = needs_weight and method in ("lsq", "elastic")
+def fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a training layer's backward op: what is not needed is empty."""
+    _, x, weight, _, _, _, needs_x, needs_weight, needs_bias, *rest = args
+    scale, learns = rest[-8], needs_weight and rest[-1] in ("lsq", "elastic")
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
@@ -88,14 +89,14 @@ def _outputs(
     return (
         view(y, output_shape(x, N, epilogue)),
         view(z, (*x.shape[:-1], N)) if save and epilogue is not None else x.new_empty(0),
-        rounded if save and _keeps_rounded(x, weight, method) else x.new_empty(0),
+        rounded if save and keeps_rounded(x, weight, method) else x.new_empty(0),
     )
 
 
 @torch.library.impl("lowbit::training_linear", "cpu")
 def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, residual, epilogue, _, *packed = args
-    rounded, quantizer = _unpack_weight(weight, packed)
+    rounded, quantizer = unpack_weight(weight, packed)
     if quantizer is None:
         rounded = rounded.to(x.dtype)
     else:
@@ -112,7 +113,7 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from lowbit_kernels.fake_quant.linear_cuda import round_weight_cuda, training_linear_cuda
 
     x, weight, bias, residual, epilogue, _, *packed = args
-    rounded = round_weight_cuda(*_unpack_weight(weight, packed), x.dtype)
+    rounded = round_weight_cuda(*unpack_weight(weight, packed), x.dtype)
     return _outputs(args, *training_linear_cuda(x, rounded, bias, residual, epilogue), rounded)
 
 
@@ -125,7 +126,7 @@ def _gradients(
     if needs_x:
         dx = (dz @ (weight if rounded is None else rounded)).view(x.shape)
     if needs_weight:
-        rows, quantizer = _unpack_weight(weight, packed)
+        rows, quantizer = unpack_weight(weight, packed)
         learned = None if quantizer is None or quantizer.method == "ste" else quantizer
         dweight, found = weight_gradient(dz, x.reshape(-1, x.shape[-1]), rows, learned)
         dscale = dscale if found is None else found.view(packed[0].shape)
@@ -162,49 +163,49 @@ implement_on_cuda("lowbit::training_linear", _cuda)
 implement_on_cuda("lowbit::training_linear_backward", _cuda_backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, ctx.epilogue, _, scale, group_scale, center, *ctx.constants = inputs
-    _, z, rounded = output
-    ctx.mark_non_differentiable(z, rounded)
-    ctx.save_for_backward(
-        x,
-        weight,
-        None if ctx.epilogue is None else z,
-        rounded if _keeps_rounded(x, weight, ctx.constants[-1]) else None,
-        scale,
-        group_scale,
-        center,
-    )
-    ctx.set_materialize_grads(False)
+def register_training_gradient(op: str) -> None:
+    """Let ``lowbit::OP_backward`` be the gradient of ``lowbit::OP``, a layer that trains.
 
+    Both have the arguments of the linear ones, and maybe others before the quantizer's.
+    """
+    backward_op = getattr(torch.ops.lowbit, f"{op}_backward").default
 
-def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 7
-    if grad_y is None:
-        return (None,) * 14
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    needs_scale = ctx.needs_input_grad[6]
-    dx = dweight = dbias = dscale = None
-    if needs_x or needs_weight or needs_bias or needs_scale:
-        x, weight, z, rounded, *tensors = ctx.saved_tensors
-        dx, dweight, dbias, dscale = torch.ops.lowbit.training_linear_backward.default(
-            grad_y, x, weight, z, rounded, ctx.epilogue,
-            needs_x, needs_weight or needs_scale, needs_bias,
-            *tensors, *ctx.constants,
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, _, ctx.epilogue, _, *rest = inputs
+        _, z, rounded = output
+        ctx.mark_non_differentiable(z, rounded)
+        keeps = keeps_rounded(x, weight, rest[-1]), ctx.epilogue is not None
+        ctx.is_tensor = [isinstance(a, Tensor) for a in rest]
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in rest]
+        ctx.save_for_backward(
+            x, weight, z if keeps[1] else None, rounded if keeps[0] else None,
+            *(a for a in rest if isinstance(a, Tensor)),
         )  # fmt: skip
-    return (
-        dx if needs_x else None,
-        dweight if needs_weight else None,
-        dbias if needs_bias else None,
-        grad_y if needs_residual else None,
-        None,
-        None,
-        dscale if needs_scale and ctx.constants[-1] != "ste" else None,
-        *constants,
-    )
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * (6 + len(ctx.rest))
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        needs_scale = ctx.needs_input_grad[-8] and ctx.rest[-1] != "ste"
+        if grad_y is not None and (needs_x or needs_weight or needs_bias or needs_scale):
+            saved = iter(ctx.saved_tensors)
+            layer = [next(saved) for _ in range(4)]
+            rest = (next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.rest, strict=True))
+            found = backward_op(
+                grad_y, *layer, ctx.epilogue, needs_x, needs_weight or needs_scale, needs_bias,
+                *rest,
+            )  # fmt: skip
+            for i, needed, grad in zip(
+                (0, 1, 2, -8), (needs_x, needs_weight, needs_bias, needs_scale), found, strict=True
+            ):
+                grads[i] = grad if needed else None
+        grads[3] = grad_y if needs_residual else None
+        return tuple(grads)
+
+    torch.library.register_autograd(f"lowbit::{op}", backward, setup_context=setup_context)
 
 
-torch.library.register_autograd("lowbit::training_linear", _backward, setup_context=_setup_context)
+register_training_gradient("training_linear")
 
 
 def _check(
@@ -265,7 +266,7 @@ def training_linear(
     scale = None if quantizer is None else quantizer.scale
     tensors = (x, weight, bias, residual, scale)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    packed = _FLOAT if quantizer is None else flatten(quantizer)
+    packed = FLOAT if quantizer is None else flatten(quantizer)
     y: Tensor
     y, _, _ = torch.ops.lowbit.training_linear.default(
         x, weight, bias, residual, epilogue, save, *packed

@@ -39,9 +39,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     slices = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, pitch * slices - K))
     parts = padded.view(N, pitch // BLOCK_BYTES, slices, BLOCK_BYTES)
-    packed = torch.zeros(
-        N, pitch // BLOCK_BYTES, BLOCK_BYTES, dtype=torch.uint8, device=codes.device
-    )
+    packed = torch.zeros_like(parts[:, :, 0])
     for u in range(slices):
         packed |= parts[:, :, u] << (u * bits)
     return packed.view(N, pitch)
@@ -53,8 +51,7 @@ def unpack(qweight: Tensor, K: int, bits: int) -> Tensor:
     blocks = qweight.view(N, pitch // BLOCK_BYTES, 1, BLOCK_BYTES)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=qweight.device).view(-1, 1)
     codes = (blocks >> shifts) & (2**bits - 1)  # [N, blocks, slices, 32]
-    flat: Tensor = codes.view(N, -1)[:, :K]
-    return flat
+    return codes.view(N, -1)[:, :K]  # type: ignore[no-any-return]
 
 
 def to_levels(codes: Tensor, bits: int) -> Tensor:

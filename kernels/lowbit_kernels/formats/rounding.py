@@ -6,13 +6,14 @@ integer group scale and fp32 row scale.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_kernels.formats.packing import pack, to_codes
 from lowbit_kernels.formats.spec import QuantSpec
-from lowbit_kernels.formats.weight import MAX_GROUP_SCALE, QuantizedWeight
+from lowbit_kernels.formats.weight import MAX_GROUP_SCALE, TENSORS, QuantizedWeight
 
 METHODS = ("rtn", "search", "hqq")
 
@@ -54,18 +55,11 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, method: str = "rtn") -> Qua
         raise ValueError("method must be 'rtn' or 'hqq' with symmetric=False, got 'search'")
     shared = _tensor_scale(weight, spec, method) if spec.group_size == "tensor" else None
     parts = [_quantize_rows(rows, spec, method, shared) for rows in _row_chunks(weight)]
-
-    def joined(tensors: list[Tensor | None]) -> Tensor | None:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(found) if found else None
-
-    return replace(
-        parts[0],
-        qweight=torch.cat([part.qweight for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        group_scale=joined([part.group_scale for part in parts]),
-        zero_point=joined([part.zero_point for part in parts]),
-    )
+    joined: dict[str, Any] = {}
+    for name in TENSORS:
+        tensors = [getattr(part, name) for part in parts]
+        joined[name] = None if tensors[0] is None else torch.cat(tensors)
+    return replace(parts[0], **joined)
 
 
 def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
@@ -75,35 +69,25 @@ def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
 
 def _tensor_scale(weight: Tensor, spec: QuantSpec, method: str) -> Tensor:
     """The largest row scale of a weight, [1, 1]."""
-    scales = [
-        _flat_scale(_split(rows.float(), spec), spec.bits, method).amax()
-        for rows in _row_chunks(weight)
-    ]
+    chunks = (_split(rows.float(), spec) for rows in _row_chunks(weight))
+    scales = [_flat_scale(groups, spec.bits, method).amax() for groups in chunks]
     return torch.stack(scales).amax().view(1, 1)
 
 
 def _quantize_rows(
     weight: Tensor, spec: QuantSpec, method: str, shared: Tensor | None
 ) -> QuantizedWeight:
-    groups = _split(weight.float(), spec)
+    groups, (N, K) = _split(weight.float(), spec), weight.shape
     if not spec.symmetric:
-        return _asymmetric(groups, weight.shape[1], spec, method)
-    if shared is None:
-        flat = _flat_scale(groups, spec.bits, method)  # [N, S]
-    else:
-        flat = shared.expand(weight.shape[0], 1)
+        return _asymmetric(groups, K, spec, method)
+    flat = _flat_scale(groups, spec.bits, method) if shared is None else shared.expand(N, 1)
     group_scale, scale = _two_level(groups, flat, spec)
     step = scale[:, None] if group_scale is None else group_scale * scale[:, None]
     levels = _nearest(groups.values, step[..., None], spec.bits)
-    levels = levels.to(torch.int8).flatten(1)[:, : weight.shape[1]]
-    return QuantizedWeight(
-        qweight=pack(to_codes(levels.contiguous(), spec.bits), spec.bits),
-        scale=scale,
-        group_scale=None if group_scale is None else group_scale.to(torch.uint8),
-        zero_point=None,
-        K=weight.shape[1],
-        spec=spec,
-    )
+    levels = levels.to(torch.int8).flatten(1)[:, :K].contiguous()
+    qweight = pack(to_codes(levels, spec.bits), spec.bits)
+    group_scale = None if group_scale is None else group_scale.to(torch.uint8)
+    return QuantizedWeight(qweight, scale, group_scale, None, K, spec)
 
 
 def quantize_depthwise_weight(
@@ -122,14 +106,7 @@ def quantize_depthwise_weight(
     if spec.group_size == "tensor":
         scale = scale.max().expand_as(scale).contiguous()
     levels = _nearest(weight.detach().float(), scale[:, None], spec.bits).to(torch.int8)
-    return QuantizedWeight(
-        qweight=levels.t().contiguous(),
-        scale=scale,
-        group_scale=None,
-        zero_point=None,
-        K=weight.shape[1],
-        spec=spec,
-    )
+    return QuantizedWeight(levels.t().contiguous(), scale, None, None, weight.shape[1], spec)
 
 
 def _check(weight: Tensor, method: str) -> None:
@@ -164,8 +141,7 @@ def _nearest(values: Tensor, step: Tensor, bits: int) -> Tensor:
     if bits == 4:
         return x.round().clamp(-8, 7)
     top = 2**bits - 1
-    levels: Tensor = 2 * ((x + top) / 2).round().clamp(0, top) - top
-    return levels
+    return 2 * ((x + top) / 2).round().clamp(0, top) - top  # type: ignore[no-any-return]
 
 
 def _error(groups: _Groups, step: Tensor, bits: int) -> Tensor:
@@ -205,14 +181,12 @@ def _shrink(residual: Tensor, beta: float) -> Tensor:
     magnitude = residual.abs()
     # 0 ** (p - 1) is infinite; the maximum with 0 makes it vanish
     threshold = magnitude.clamp_min(1e-12).pow(HQQ_P - 1) / beta
-    kept: Tensor = residual.sign() * (magnitude - threshold).clamp_min(0)
-    return kept
+    return residual.sign() * (magnitude - threshold).clamp_min(0)
 
 
 def _unit(groups: _Groups) -> Tensor:
     """Root mean square of each row [N, 1, 1]: HQQ's penalty is made for weights of unit size."""
-    unit: Tensor = groups.values.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-12)
-    return unit
+    return groups.values.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def _hqq_scale(groups: _Groups, scale: Tensor, bits: int) -> Tensor:
@@ -239,10 +213,8 @@ def _two_level(groups: _Groups, flat: Tensor, spec: QuantSpec) -> tuple[Tensor |
     ideal = torch.where(scale[:, None] > 0, flat / scale[:, None], 1.0)
     upper = ideal.ceil().clamp(1, top)
     lower = (upper - 1).clamp_min(1)
-    closer = _error(groups, lower * scale[:, None], spec.bits) < _error(
-        groups, upper * scale[:, None], spec.bits
-    )
-    return torch.where(closer, lower, upper), scale
+    errors = [_error(groups, share * scale[:, None], spec.bits) for share in (lower, upper)]
+    return torch.where(errors[0] < errors[1], lower, upper), scale
 
 
 def _asymmetric(groups: _Groups, K: int, spec: QuantSpec, method: str) -> QuantizedWeight:
@@ -260,15 +232,8 @@ def _asymmetric(groups: _Groups, K: int, spec: QuantSpec, method: str) -> Quanti
     if method == "hqq":
         zero = _hqq_zero(groups, scale, zero, top).half().float()
     codes = (values / scale[..., None] + zero[..., None]).round().clamp(0, top)
-    codes = codes.to(torch.uint8).flatten(1)[:, :K]
-    return QuantizedWeight(
-        qweight=pack(codes.contiguous(), spec.bits),
-        scale=scale.half(),
-        group_scale=None,
-        zero_point=zero.half(),
-        K=K,
-        spec=spec,
-    )
+    qweight = pack(codes.to(torch.uint8).flatten(1)[:, :K].contiguous(), spec.bits)
+    return QuantizedWeight(qweight, scale.half(), None, zero.half(), K, spec)
 
 
 def _hqq_zero(groups: _Groups, scale: Tensor, zero: Tensor, top: int) -> Tensor:

@@ -9,6 +9,8 @@ from lowbit_kernels.formats.packing import row_bytes, to_levels, unpack
 from lowbit_kernels.formats.spec import QuantSpec
 
 MAX_GROUP_SCALE = {1: 127, 2: 42, 4: 16}
+# of a weight, those that its file holds and that have a row for each output channel
+TENSORS = ("qweight", "scale", "group_scale", "zero_point")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        tensors = (self.qweight, self.scale, self.group_scale, self.zero_point)
+        tensors = (getattr(self, name) for name in TENSORS)
         return sum(t.nbytes for t in tensors if t is not None)
 
     def integers(self) -> Tensor:
@@ -93,39 +95,25 @@ def empty_weight(
     N: int, K: int, spec: QuantSpec, *, device: torch.device | str | None = None
 ) -> QuantizedWeight:
     """Tensors of the right shapes and unspecified content, for a checkpoint to be loaded into."""
-    groups = -(-K // spec.group) if spec.group else 0
-    per_group = (N, groups)
-    asymmetric = not spec.symmetric
-    return QuantizedWeight(
-        qweight=torch.zeros(N, row_bytes(K, spec.bits), dtype=torch.uint8, device=device),
-        scale=torch.zeros(per_group, dtype=torch.float16, device=device)
-        if asymmetric
-        else torch.zeros(N, dtype=torch.float32, device=device),
-        group_scale=torch.ones(per_group, dtype=torch.uint8, device=device)
-        if groups and not asymmetric
-        else None,
-        zero_point=torch.zeros(per_group, dtype=torch.float16, device=device)
-        if asymmetric
-        else None,
-        K=K,
-        spec=spec,
-        input_scale=_empty_input_scale(spec, device),
-    )
+    qweight = torch.zeros(N, row_bytes(K, spec.bits), dtype=torch.uint8, device=device)
+    scale, group_scale, zero = torch.zeros(N, dtype=torch.float32, device=device), None, None
+    per_group = (N, -(-K // spec.group) if spec.group else 0)
+    if not spec.symmetric:
+        scale, zero = (torch.zeros(per_group, dtype=torch.float16, device=device) for _ in range(2))
+    elif spec.group:
+        group_scale = torch.ones(per_group, dtype=torch.uint8, device=device)
+    input_scale = _empty_input_scale(spec, device)
+    return QuantizedWeight(qweight, scale, group_scale, zero, K, spec, input_scale)
 
 
 def empty_depthwise_weight(
     N: int, taps: int, spec: QuantSpec, *, device: torch.device | str | None = None
 ) -> QuantizedWeight:
     """Like ``empty_weight`` for a depthwise convolution."""
-    return QuantizedWeight(
-        qweight=torch.zeros(taps, N, dtype=torch.int8, device=device),
-        scale=torch.zeros(N, dtype=torch.float32, device=device),
-        group_scale=None,
-        zero_point=None,
-        K=taps,
-        spec=spec,
-        input_scale=_empty_input_scale(spec, device),
-    )
+    levels = torch.zeros(taps, N, dtype=torch.int8, device=device)
+    scale = torch.zeros(N, dtype=torch.float32, device=device)
+    input_scale = _empty_input_scale(spec, device)
+    return QuantizedWeight(levels, scale, None, None, taps, spec, input_scale)
 
 
 def _empty_input_scale(spec: QuantSpec, device: torch.device | str | None) -> Tensor | None:

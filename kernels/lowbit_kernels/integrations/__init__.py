@@ -1,30 +1,20 @@
 """Ties to model libraries, none of which is imported before the user imports it.
 
-Importing this package costs nothing: it only asks to be called once transformers is there, and once
-the first model is to be converted.
+Importing this package costs nothing: it only asks for what registers itself to be imported once
+transformers is there, and once the first model is to be converted.
 """
 
 from lowbit_kernels.integrations.import_hook import when_imported
 
-
-def _register_adapters() -> None:
-    from lowbit_kernels.integrations.adapters import register
-
-    register()
-
-
-def _register_with_transformers() -> None:
-    # both register when imported; whichever caused this call is imported in part and goes on
-    import lowbit_kernels.integrations.huggingface
-    import lowbit_kernels.integrations.huggingface_attention  # noqa: F401
-
-
-def _register_flop_formulas() -> None:
-    import lowbit_kernels.conv1d.flops
-    import lowbit_kernels.fake_quant.flops
-    import lowbit_kernels.matmul.flops  # noqa: F401
-
-
-when_imported("lowbit_kernels.conversion.registry", _register_adapters)
-when_imported("transformers.modeling_utils", _register_with_transformers)
-when_imported("torch.utils.flop_counter", _register_flop_formulas)
+when_imported("lowbit_kernels.conversion.registry", "lowbit_kernels.integrations.adapters")
+when_imported(
+    "transformers.modeling_utils",
+    "lowbit_kernels.integrations.huggingface",
+    "lowbit_kernels.integrations.huggingface_attention",
+)
+when_imported(
+    "torch.utils.flop_counter",
+    "lowbit_kernels.conv1d.flops",
+    "lowbit_kernels.fake_quant.flops",
+    "lowbit_kernels.matmul.flops",
+)

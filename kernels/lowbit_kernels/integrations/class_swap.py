@@ -5,6 +5,7 @@ to initialize), so a foreign module in their place loses features without a word
 them all, and the parameters stay where they are.
 """
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -23,31 +24,41 @@ class Swapped:
         return _rebuild, (self._mixin, self._origin), self.__dict__
 
 
-def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Put ``mixin`` in front of the module's class."""
+def swap_class(module: nn.Module, mixin: type[Swapped]) -> nn.Module:
+    """Put ``mixin`` in front of the module's class; gives the module back."""
     module.__class__ = _subclass(mixin, type(module))
+    return module
 
 
-def restore_class(module: nn.Module) -> None:
-    """Undo ``swap_class``; does nothing to a module that was not swapped."""
+def restore_class(module: nn.Module) -> nn.Module:
+    """Undo ``swap_class`` and take this package's hooks away; gives the module back."""
     if isinstance(module, Swapped):
         module.__class__ = module._origin
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if str(getattr(hook, "__module__", "")).startswith("lowbit_kernels.integrations."):
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    return module
 
 
 def is_stock(module: nn.Module | None, *names: str) -> bool:
-    """Whether a module is of one of transformers' classes with these names, and not swapped."""
+    """Whether a module is of one of transformers' classes with these names, and not swapped.
+
+    Args:
+        module: any module.
+        *names: names of classes; a ``*`` in one stands for any characters.
+    """
     kind = type(module)
-    known = kind.__name__ in names and kind.__module__.startswith("transformers.")
-    return known and not isinstance(module, Swapped)
+    known = any(fnmatchcase(kind.__name__, name) for name in names)
+    is_swapped = isinstance(module, Swapped)
+    return known and kind.__module__.startswith("transformers.") and not is_swapped
 
 
 def _subclass(mixin: type[Swapped], origin: type) -> Any:
-    key = (mixin, origin)
-    if key not in _SUBCLASSES:
+    if (mixin, origin) not in _SUBCLASSES:
         # named as the original, so that reports and saved configs read as before
         names = {"_mixin": mixin, "_origin": origin, "__module__": origin.__module__}
-        _SUBCLASSES[key] = type(origin.__name__, (mixin, origin), names)
-    return _SUBCLASSES[key]
+        _SUBCLASSES[mixin, origin] = type(origin.__name__, (mixin, origin), names)
+    return _SUBCLASSES[mixin, origin]
 
 
 def _rebuild(mixin: type[Swapped], origin: type) -> Any:

@@ -1,4 +1,7 @@
-"""wav2vec2-conformer: convolutions that ignore padding, rotary positions without a cache.
+"""Conformers: convolution modules fused and blind to padding, rotary positions without a cache.
+
+The convolution modules of wav2vec2-conformer, wav2vec2-bert and parakeet run as three low-bit ops
+in inference (``modules/conv_module.py``), and as transformers computes them where gradients are.
 
 Dimension key: B batch, T frames, C features, D head dimension.
 """
@@ -8,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.integrations.class_swap import (
-    Swapped,
-    is_stock,
-    restore_class,
-    swap_class,
-)
+from lowbit_kernels.integrations.activations import epilogue_of
+from lowbit_kernels.integrations.class_swap import Swapped, is_stock, swap_class
+from lowbit_kernels.modules.conv_module import convolve, fuses_convolution
 
 
 class MaskedConformerLayer(Swapped):
@@ -49,6 +49,12 @@ class MaskedConvolutionModule(Swapped):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         mask, self._mask = self._mask, None
+        if _fuses(self, self.batch_norm):
+            # the model derives its masks from lengths
+            lengths = None if mask is None else mask.sum(1)
+            norm = self.layer_norm if type(self.layer_norm) is nn.LayerNorm else None
+            x = hidden_states if norm else self.layer_norm(hidden_states)
+            return _convolve(self, x, self.batch_norm, lengths, norm)
         if mask is None:
             plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return plain
@@ -57,6 +63,68 @@ class MaskedConvolutionModule(Swapped):
         x = self.activation(self.batch_norm(self.depthwise_conv(x)))
         out: Tensor = self.dropout(self.pointwise_conv2(x)).transpose(1, 2)
         return out
+
+
+class FusedBertConvolutionModule(Swapped):
+    """wav2vec2-bert's, which is causal and masks its input itself."""
+
+    layer_norm: nn.Module
+    depthwise_conv: Any
+    depthwise_layer_norm: nn.Module
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T, C] to [B, T, C]; ``attention_mask`` [B, T], of any form."""
+        if not _fuses(self, self.depthwise_layer_norm):
+            plain: Tensor = super().forward(hidden_states, attention_mask)  # type: ignore[misc]
+            return plain
+        x = self.layer_norm(hidden_states)
+        if attention_mask is not None:
+            # without biases it stays zero until the depthwise convolution
+            x = x.masked_fill(~attention_mask.bool()[..., None], 0)
+        left = self.depthwise_conv.kernel_size[0] - 1
+        return _convolve(self, x, self.depthwise_layer_norm, padding=(left, 0))
+
+
+class FusedParakeetConvolutionModule(Swapped):
+    """Parakeet's, whose masks the model derives from lengths."""
+
+    norm: nn.Module
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T, C] to [B, T, C]; ``attention_mask`` [B, 1, T, T]."""
+        readable = attention_mask is None or isinstance(attention_mask, Tensor)
+        if not readable or not _fuses(self, self.norm):
+            plain: Tensor = super().forward(hidden_states, attention_mask)  # type: ignore[misc]
+            return plain
+        valid = _valid_frames(attention_mask)
+        return _convolve(self, hidden_states, self.norm, None if valid is None else valid.sum(1))
+
+
+def _fuses(module: Any, norm: nn.Module) -> bool:
+    """Whether a convolution module of transformers can run as three ops here and now."""
+    return (
+        not (module.training or norm.training)
+        and not torch.is_grad_enabled()
+        and epilogue_of(module.activation) is not None
+        and fuses_convolution(
+            module.pointwise_conv1, module.depthwise_conv, norm, module.pointwise_conv2
+        )
+    )
+
+
+def _convolve(
+    module: Any,
+    x: Tensor,
+    norm: nn.Module,
+    lengths: Tensor | None = None,
+    layer_norm: nn.LayerNorm | None = None,
+    padding: tuple[int, int] | None = None,
+) -> Tensor:
+    return convolve(
+        x, module.pointwise_conv1, module.depthwise_conv, norm, epilogue_of(module.activation),
+        module.pointwise_conv2, padding=padding or module.depthwise_conv.padding[0],
+        layer_norm=layer_norm, lengths=lengths,
+    )  # fmt: skip
 
 
 class UncachedRotaryEmbedding(Swapped):
@@ -90,14 +158,6 @@ def mask_conformer_layer(layer: nn.Module) -> nn.Module:
     swap_class(layer, MaskedConformerLayer)
     swap_class(layer.conv_module, MaskedConvolutionModule)  # type: ignore[arg-type]
     return layer
-
-
-def restore_conformer_layer(module: nn.Module) -> nn.Module:
-    """Undo ``mask_conformer_layer``."""
-    if isinstance(module, MaskedConformerLayer):
-        restore_class(module.conv_module)
-        restore_class(module)
-    return module
 
 
 def _valid_frames(attention_mask: Any) -> Tensor | None:

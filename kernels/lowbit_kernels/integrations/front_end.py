@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.conv1d.front_end import describe_layers, flatten_layers, front_end
-from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
+from lowbit_kernels.conv1d.front_end import (
+    describe_layers,
+    flatten_layers,
+    front_end,
+    serves,
+)
+from lowbit_kernels.integrations.class_swap import Swapped, swap_class
 from lowbit_kernels.integrations.front_end_layers import front_end_layers, needs_gradient
 from lowbit_kernels.integrations.padding import (
     attention_mask_of,
     fill_padding,
     frames_after,
-    remove_pre_hook,
     zero_padding,
 )
 from lowbit_kernels.norm import masked_group_norm
@@ -69,13 +73,11 @@ class MaskedFeatureEncoder(Swapped):
     _layout: str | None = None
 
     def _fuses(self, input_values: Tensor) -> bool:
-        """Whether the CPU's one call serves: no gradient, and a dtype that it computes in."""
-        return (
-            self._layout is not None
-            and input_values.device.type == "cpu"
-            and input_values.dtype != torch.float64
-            and not needs_gradient(self.conv_layers, input_values)
-        )
+        """Whether the one call serves: no gradient, and a dtype that it computes in."""
+        if self._layout is None or needs_gradient(self.conv_layers, input_values):
+            return False
+        first: Any = self.conv_layers[0]
+        return serves(input_values, first.conv.weight)
 
     def forward(self, input_values: Tensor) -> Tensor:
         """Waveforms [B, S] to features [B, C, T]."""
@@ -104,8 +106,19 @@ class MaskedFeatureEncoder(Swapped):
 
 
 def matches_front_end(module: nn.Module) -> bool:
-    """Whether a module has a front end that does not ignore padding yet."""
-    return has_front_end(module) and not isinstance(module.feature_extractor, Swapped)
+    """Whether a module has a front end that does not ignore padding yet, or has new layers."""
+    if not has_front_end(module):
+        return False
+    encoder: Any = module.feature_extractor
+    if isinstance(encoder, MaskedFeatureEncoder):
+        return encoder._layout != _layout_of(encoder)
+    return not isinstance(encoder, Swapped)
+
+
+def _layout_of(encoder: Any) -> str | None:
+    """Of the fused call for a stack of convolutions, where it serves them."""
+    layers = front_end_layers(encoder.conv_layers)
+    return None if layers is None else describe_layers(layers)
 
 
 def has_front_end(module: nn.Module) -> bool:
@@ -122,25 +135,14 @@ def has_front_end(module: nn.Module) -> bool:
 def mask_front_end(model: nn.Module) -> nn.Module:
     """Make a model's front end ignore padding; in place."""
     encoder: Any = model.feature_extractor
-    swap_class(encoder, MaskedFeatureEncoder)
-    for layer in encoder.conv_layers:
-        if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
-            swap_class(layer, MaskedGroupNormConvLayer)
-    layers = front_end_layers(encoder.conv_layers)
-    encoder._layout = None if layers is None else describe_layers(layers)
-    model.register_forward_pre_hook(_pass_lengths, with_kwargs=True)
-    return model
-
-
-def restore_front_end(module: nn.Module) -> nn.Module:
-    """Undo ``mask_front_end``."""
-    encoder: Any = module._modules.get("feature_extractor")
-    if isinstance(encoder, MaskedFeatureEncoder):
+    if not isinstance(encoder, Swapped):
+        swap_class(encoder, MaskedFeatureEncoder)
         for layer in encoder.conv_layers:
-            restore_class(layer)
-        restore_class(encoder)  # type: ignore[arg-type]
-        remove_pre_hook(module, _pass_lengths)
-    return module
+            if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
+                swap_class(layer, MaskedGroupNormConvLayer)
+        model.register_forward_pre_hook(_pass_lengths, with_kwargs=True)
+    encoder._layout = _layout_of(encoder)
+    return model
 
 
 def _pass_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -113,13 +113,9 @@ def attach(model: Any, config: QuantConfig) -> None:
 
 def detach(model: Any) -> None:
     """Undo ``attach``."""
-    for owner, name in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(owner, name):
-            delattr(owner, name)
+    model.__dict__.pop("hf_quantizer", None)
+    model.__dict__.pop("quantization_method", None)
+    model.config.__dict__.pop("quantization_config", None)
     _set_quantized(model, False)
     _restore_weight_norm(model)
 

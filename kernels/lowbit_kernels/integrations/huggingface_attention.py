@@ -86,23 +86,17 @@ def lowbit_attention(
                 "position_bias is served in bidirectional self-attention only; use "
                 "attn_implementation='sdpa'"
             )
-        out: tuple[Tensor, None] = sdpa_attention_forward(
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return out
     lengths, bias = None, position_bias
     if attention_mask is not None and is_padding_mask:
         lengths = _lengths(attention_mask)
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
+    position = None if bias is None else DenseBias(bias)
     attended = flash_attention(
-        query,
-        key,
-        value,
-        lengths=lengths,
-        position=None if bias is None else DenseBias(bias),
-        scale=scaling,
-        dropout_p=dropout,
+        query, key, value, lengths=lengths, position=position, scale=scaling, dropout_p=dropout
     )
     return attended.transpose(1, 2), None
 

@@ -117,9 +117,4 @@ def _also_skip(config: QuantConfig, names: Sequence[str]) -> QuantConfig:
     if isinstance(names, str):
         raise ValueError(f"modules_to_not_convert must be a list of names, got {names!r}")
     patterns = tuple(rf"(^|\.){re.escape(name)}(\.|$)" for name in names)
-    return QuantConfig(
-        config.default,
-        config.overrides,
-        config.skip + patterns if config.skip else DEFAULT_SKIP + patterns,
-        config.attention_matmuls,
-    )
+    return replace(config, skip=(config.skip or DEFAULT_SKIP) + patterns)

@@ -1,31 +1,34 @@
-"""Call a function as soon as a module has been imported, without importing it."""
+"""Import modules as soon as another one has been imported, without importing that."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
 
-def when_imported(name: str, callback: Callable[[], None]) -> None:
-    """Call ``callback`` once: now if the module ``name`` is loaded, else right after its import.
+def when_imported(name: str, *followers: str) -> None:
+    """Import ``followers``: now if the module ``name`` is loaded, else right after its import.
 
     Args:
         name: dotted name of the module; it need not be installed.
-        callback: may import the module.
+        *followers: dotted names of modules; one that caused the import is there in part, and goes
+            on afterwards.
     """
-    if name in sys.modules:
-        callback()
-    else:
-        sys.meta_path.insert(0, _Waiting(name, callback))
+    if name not in sys.modules:
+        sys.meta_path.insert(0, _Waiting(name, followers))
+        return
+    for follower in followers:
+        import_module(follower)
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module as Python would, and adds a call to the end of its execution."""
+    """Finds one module as Python would, and adds imports to the end of its execution."""
 
-    def __init__(self, name: str, callback: Callable[[], None]) -> None:
-        self.name, self.callback, self.searching = name, callback, False
+    def __init__(self, name: str, followers: tuple[str, ...]) -> None:
+        self.name, self.followers, self.searching = name, followers, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -46,8 +49,8 @@ class _Waiting(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:  # a second import must not call again
+            if self in sys.meta_path:  # a second import must not follow again
                 sys.meta_path.remove(self)
-                self.callback()
+                when_imported(self.name, *self.followers)
 
         loader.exec_module = exec_module  # type: ignore[attr-defined]

@@ -15,9 +15,12 @@ class LinearMultiheadAttention(nn.Module):
 
     Takes the same arguments and gives the same results; not its subclass, because libraries read
     the raw weights of instances. Code that reads ``in_proj_weight`` all the same finds it.
+
+    Args:
+        attention: the ``nn.MultiheadAttention``, whose weights it shares.
     """
 
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.embed_dim = self.kdim = self.vdim = attention.embed_dim
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
@@ -68,7 +71,7 @@ class LinearMultiheadAttention(nn.Module):
         """As ``nn.MultiheadAttention.forward``; ``is_causal`` is a hint beside ``attn_mask``."""
         is_batched = query.dim() == 3
         q, k, v = (self._batch_first(x, is_batched) for x in self._project(query, key, value))
-        mask = self._mask(q, k, key_padding_mask, attn_mask, is_batched)
+        mask = self._mask(q, key_padding_mask, attn_mask, is_batched)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -97,12 +100,7 @@ class LinearMultiheadAttention(nn.Module):
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_batched: bool,
+        self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_batched: bool
     ) -> Tensor | None:
         """Both masks as one additive mask, broadcastable to [B, H, T, S]."""
         mask = None
@@ -127,14 +125,8 @@ def matches_multihead(module: nn.Module) -> bool:
     )
 
 
-def expose_multihead(module: nn.Module) -> nn.Module:
-    """The module with linear layers in place of raw weights, which it shares."""
-    assert isinstance(module, nn.MultiheadAttention), "the caller has matched"
-    return LinearMultiheadAttention(module)
-
-
 def restore_multihead(module: nn.Module) -> nn.Module:
-    """Undo ``expose_multihead``; other modules come back as they are."""
+    """The ``nn.MultiheadAttention`` again; other modules come back as they are."""
     return module.to_attention() if isinstance(module, LinearMultiheadAttention) else module
 
 

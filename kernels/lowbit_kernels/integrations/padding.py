@@ -3,11 +3,10 @@
 Dimension key: B batch, C channels, T frames.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
@@ -35,9 +34,3 @@ def frames_after(lengths: Tensor, conv: Any) -> Tensor:
 def attention_mask_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The ``attention_mask`` of a call, which transformers' modules take as second argument."""
     return args[1] if len(args) > 1 else kwargs.get("attention_mask")
-
-
-def remove_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Remove a hook of ``register_forward_pre_hook(..., with_kwargs=True)``, in a copy too."""
-    for key in [key for key, found in module._forward_pre_hooks.items() if found is hook]:
-        del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]

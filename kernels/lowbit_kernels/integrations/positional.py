@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit_kernels.integrations.class_swap import Swapped, restore_class, swap_class
-from lowbit_kernels.integrations.padding import attention_mask_of, remove_pre_hook
+from lowbit_kernels.integrations.class_swap import Swapped, is_stock, swap_class
+from lowbit_kernels.integrations.padding import attention_mask_of
 
 
 class MaskedPositionalEmbedding(Swapped):
@@ -24,8 +24,7 @@ class MaskedPositionalEmbedding(Swapped):
         """[B, T, C] to [B, T, C]."""
         mask, self._mask = self._mask, None
         if mask is None:
-            plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
-            return plain
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         padding = ~mask.bool()[:, None]  # [B, 1, T]
         return self._convolve(hidden_states.transpose(1, 2), padding).transpose(1, 2)
 
@@ -44,8 +43,7 @@ class MaskedHubertEmbedding(MaskedPositionalEmbedding):
 
     def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
         normalized = self.batch_norm(x).masked_fill(padding, 0)
-        out: Tensor = self.activation(self.padding(self.conv(normalized)))
-        return out
+        return self.activation(self.padding(self.conv(normalized)))  # type: ignore[no-any-return]
 
 
 class MaskedData2VecEmbedding(MaskedPositionalEmbedding):
@@ -68,13 +66,7 @@ _MIXINS = {
 def matches_encoder(module: nn.Module) -> bool:
     """Whether a module is an encoder of transformers with such a positional embedding."""
     embedding = module._modules.get("pos_conv_embed")
-    return (
-        embedding is not None
-        and not isinstance(embedding, Swapped)
-        and type(embedding).__name__ in _MIXINS
-        and type(embedding).__module__.startswith("transformers.")
-        and getattr(embedding, "batch_norm", True) is not None
-    )
+    return is_stock(embedding, *_MIXINS) and getattr(embedding, "batch_norm", True) is not None
 
 
 def mask_positions(encoder: nn.Module) -> nn.Module:
@@ -83,15 +75,6 @@ def mask_positions(encoder: nn.Module) -> nn.Module:
     swap_class(embedding, _MIXINS[type(embedding).__name__])
     encoder.register_forward_pre_hook(_pass_mask, with_kwargs=True)
     return encoder
-
-
-def restore_positions(module: nn.Module) -> nn.Module:
-    """Undo ``mask_positions``."""
-    embedding = module._modules.get("pos_conv_embed")
-    if isinstance(embedding, MaskedPositionalEmbedding):
-        restore_class(embedding)  # type: ignore[arg-type]
-        remove_pre_hook(module, _pass_mask)
-    return module
 
 
 def _pass_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -40,8 +40,7 @@ def build(description: dict[str, Any]) -> nn.Module:
             f"(transformers {transformers.__version__})"
         )
     config = kind.config_class.from_dict(description["config"])  # type: ignore[attr-defined]
-    model: nn.Module = kind(config)
-    return model
+    return kind(config)  # type: ignore[no-any-return]
 
 
 def is_quantized_pretrained(directory: Path) -> bool:
@@ -110,8 +109,7 @@ def load_pretrained(directory: Path) -> nn.Module:
         directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
     )
     _check_complete(files[0] if len(files) == 1 else directory / _INDEX, name, found)
-    loaded: nn.Module = model
-    return loaded
+    return model  # type: ignore[no-any-return]
 
 
 def _check_complete(path: Path, kind: str, found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.integrations.class_swap import Swapped, is_stock
+from lowbit_kernels.integrations.class_swap import Swapped
 
 
 class MaskedSqueezedEncoder(Swapped):
@@ -126,18 +126,3 @@ class PooledFrameMask(Swapped):
         frames = model._get_feat_extract_output_lengths(attention_mask.sum(-1))
         full = torch.div(frames, self.config.squeeze_factor, rounding_mode="floor")
         return torch.arange(feature_vector_length, device=full.device) < full[:, None]
-
-
-def matches_sew_encoder(module: nn.Module) -> bool:
-    """Whether a module is the encoder of transformers' SEW."""
-    return is_stock(module, "SEWEncoder")
-
-
-def matches_sewd_encoder(module: nn.Module) -> bool:
-    """Whether a module is the encoder of transformers' SEW-D."""
-    return is_stock(module, "SEWDEncoder")
-
-
-def matches_sew_head(module: nn.Module) -> bool:
-    """Whether a module is transformers' SEW or SEW-D with a classification head."""
-    return is_stock(module, "SEWForSequenceClassification", "SEWDForSequenceClassification")

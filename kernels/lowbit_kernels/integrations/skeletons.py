@@ -72,9 +72,7 @@ def place_skeletons(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def _local_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:
-    candidates = [name, prefix + name]
-    if name.startswith(prefix):
-        candidates.append(name.removeprefix(prefix))
+    candidates = (name, prefix + name, name.removeprefix(prefix))
     return next((candidate for candidate in candidates if candidate in modules), None)
 
 

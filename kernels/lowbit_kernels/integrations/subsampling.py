@@ -11,18 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.integrations.class_swap import (
-    Swapped,
-    is_stock,
-    restore_class,
-    swap_class,
-)
-from lowbit_kernels.integrations.padding import (
-    attention_mask_of,
-    frames_after,
-    remove_pre_hook,
-    zero_padding,
-)
+from lowbit_kernels.integrations.class_swap import Swapped, is_stock, swap_class
+from lowbit_kernels.integrations.padding import attention_mask_of, frames_after, zero_padding
 
 
 class _Adapter(Swapped):
@@ -37,8 +27,7 @@ class _Adapter(Swapped):
     def _project(self, hidden_states: Tensor) -> Tensor:
         if self.proj is None or self.proj_layer_norm is None:
             return hidden_states
-        projected: Tensor = self.proj_layer_norm(self.proj(hidden_states))
-        return projected
+        return self.proj_layer_norm(self.proj(hidden_states))  # type: ignore[no-any-return]
 
     def _drops_layer(self) -> bool:
         return self.training and self.layerdrop > 0 and bool(torch.rand([]) <= self.layerdrop)
@@ -105,8 +94,7 @@ class MaskedSubsampling(Swapped):
         """[B, T, F] to [B, T_out, C]; ``attention_mask`` [B, T]."""
         if attention_mask is not None:
             input_features = input_features.masked_fill(~attention_mask.bool()[..., None], 0)
-        out: Tensor = super().forward(input_features, attention_mask)  # type: ignore[misc]
-        return out
+        return super().forward(input_features, attention_mask)  # type: ignore[misc, no-any-return]
 
 
 _CONV_ADAPTERS = tuple(
@@ -126,52 +114,20 @@ def mask_adapter(model: nn.Module) -> nn.Module:
     return model
 
 
-def restore_adapter(module: nn.Module) -> nn.Module:
-    """Undo ``mask_adapter``."""
-    adapter = module._modules.get("adapter")
-    if isinstance(adapter, MaskedAdapter):
-        restore_class(adapter)  # type: ignore[arg-type]
-        remove_pre_hook(module, _pass_lengths)
-    return module
-
-
-def matches_attention_adapter(module: nn.Module) -> bool:
-    """Whether a module is Wav2Vec2-BERT's adapter."""
-    return is_stock(module, "Wav2Vec2BertAdapter")
-
-
 def mask_attention_adapter(adapter: nn.Module) -> nn.Module:
     """Make Wav2Vec2-BERT's adapter ignore padding; in place."""
-    swap_class(adapter, MaskedAttentionAdapter)
-    for norm in _norms(adapter):
-        swap_class(norm, MaskedLayerNorm)
-    return adapter
-
-
-def restore_attention_adapter(module: nn.Module) -> nn.Module:
-    """Undo ``mask_attention_adapter``."""
-    if isinstance(module, MaskedAttentionAdapter):
-        for norm in _norms(module):
-            restore_class(norm)
-        restore_class(module)
-    return module
-
-
-def matches_subsampling(module: nn.Module) -> bool:
-    """Whether a module is Parakeet's subsampling."""
-    return is_stock(module, "ParakeetEncoderSubsamplingConv2D")
-
-
-def _norms(adapter: Any) -> list[nn.Module]:
-    return [n for x in adapter.layers for n in (x.residual_layer_norm, x.self_attn_layer_norm)]
+    layers: Any = adapter.layers
+    for layer in layers:
+        swap_class(layer.residual_layer_norm, MaskedLayerNorm)
+        swap_class(layer.self_attn_layer_norm, MaskedLayerNorm)
+    return swap_class(adapter, MaskedAttentionAdapter)
 
 
 def _pass_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the model: hand the adapter each utterance's frames."""
     model: Any = module
     mask = attention_mask_of(args, kwargs)
-    model.adapter._lengths = (
-        None
-        if mask is None
-        else model._get_feat_extract_output_lengths(mask.sum(-1), add_adapter=False)
-    )
+    lengths = None if mask is None else mask.sum(-1)
+    if lengths is not None:
+        lengths = model._get_feat_extract_output_lengths(lengths, add_adapter=False)
+    model.adapter._lengths = lengths

@@ -27,8 +27,7 @@ class MaskedConvLayerBlock(Swapped):
     def forward(self, x: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, C_in, T_in] and valid frames [B] to [B, C, T] and valid frames [B]."""
         if length is None:
-            plain: tuple[Tensor, Tensor | None] = super().forward(x, None)  # type: ignore[misc]
-            return plain
+            return super().forward(x, None)  # type: ignore[misc, no-any-return]
         spec = getattr(self.conv, "spec", None)
         if spec is not None and spec.inputs is not None:
             x = zero_padding(x, length)  # an input scale is one an utterance
@@ -89,14 +88,9 @@ class FusedWavLMSelfAttention(Swapped):
             for x in self.attention.in_proj(query).chunk(3, -1)
         )
         bias = None if position_bias is None else DenseBias(self._gated(query, position_bias))
-        out = flash_attention(
-            q,
-            k,
-            v,
-            lengths=None if key_padding_mask is None else (~key_padding_mask.bool()).sum(-1),
-            position=bias,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        lengths = None if key_padding_mask is None else (~key_padding_mask.bool()).sum(-1)
+        dropout = self.dropout if self.training else 0.0
+        out = flash_attention(q, k, v, lengths=lengths, position=bias, dropout_p=dropout)
         return self.attention.out_proj(out.transpose(1, 2).reshape(B, T, E)), position_bias
 
     def _gated(self, query: Tensor, position_bias: Tensor) -> Tensor:

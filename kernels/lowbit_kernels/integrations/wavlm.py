@@ -45,24 +45,12 @@ class FusedWavLMAttention(Swapped):
             self._heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         B, _, T, _ = q.shape
-        out = flash_attention(
-            q,
-            k,
-            v,
-            lengths=None if attention_mask is None else attention_mask.ne(0).sum(-1),
-            position=DenseBias(gated_position_bias.view(B, self.num_heads, T, T)),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        merged = out.transpose(1, 2).reshape(hidden_states.shape)
-        projected: Tensor = self.out_proj(merged)
-        return projected, None
+        lengths = None if attention_mask is None else attention_mask.ne(0).sum(-1)
+        bias = DenseBias(gated_position_bias.view(B, self.num_heads, T, T))
+        dropout = self.dropout if self.training else 0.0
+        out = flash_attention(q, k, v, lengths=lengths, position=bias, dropout_p=dropout)
+        return self.out_proj(out.transpose(1, 2).reshape(hidden_states.shape)), None
 
     def _heads(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         return x.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2)
-
-
-def matches_wavlm_attention(module: nn.Module) -> bool:
-    """Whether a module is the attention of transformers' WavLM."""
-    kind = type(module)
-    return kind.__name__ == "WavLMAttention" and kind.__module__.startswith("transformers.")

@@ -221,7 +221,9 @@ def planned_rows(M: int, deterministic: bool, typical: int = DETERMINISTIC_ROWS)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_config(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> LinearConfig:
+def choose_config(
+    M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu, groups: int = 1
+) -> LinearConfig:
     """Tiles of the fused kernel for a shape: those whose busiest multiprocessor is done first.
 
     Args:
@@ -231,8 +233,9 @@ def choose_config(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) ->
         bits: bits a weight.
         itemsize: bytes an element of the input, 1 for int8 and fp8.
         gpu: the device.
+        groups: products of these sizes in one launch.
     """
-    return min(_fitted(M, N, K, bits, itemsize, gpu), key=lambda config: config[1])[0]
+    return min(_fitted(M, N, K, bits, itemsize, gpu, groups), key=lambda config: config[1])[0]
 
 
 def candidates(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> list[LinearConfig]:
@@ -256,7 +259,7 @@ def candidates(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> li
 
 
 def _fitted(
-    M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu
+    M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu, groups: int = 1
 ) -> Iterator[tuple[LinearConfig, float]]:
     """Every tile that serves a shape, and the cycles until its busiest multiprocessor is done."""
     for tile in _HOPPER if gpu.capability[0] == 9 and not gpu.is_hip else _OTHERS:
@@ -267,15 +270,19 @@ def _fitted(
         if gpu.capability[0] == 10 and bits < 4 and tile.config.block_n > 64:
             continue
         config = _fit(tile.config, K, bits, itemsize, gpu)
+        if groups > 1:
+            # what is left of a multiprocessor's memory is the cache that windows overlap in
+            config = replace(config, num_stages=min(config.num_stages, 3))
         weights = _weights_per_step(config, bits, itemsize, gpu)
         steps = -(-K // weights)
-        config = replace(config, splits=_splits(config, M, N, steps, gpu))
-        programs = _tiles(config, M, N) * config.splits
+        tiles = _tiles(config, M, N) * groups
+        config = replace(config, splits=_splits(config, tiles, steps, gpu))
+        programs = tiles * config.splits
         # its part of the steps, and about two more to fill the pipeline and write the tile
         work = (steps / config.splits + 2) * weights * config.block_n * config.block_m
         cycles = -(-programs // gpu.num_sms) * work / tile.share / (MACS_PER_CYCLE / itemsize)
         if config.splits > 1:
-            cycles += SPLIT_CYCLES + config.splits * M * N * 8 / L2_BYTES_PER_CYCLE
+            cycles += SPLIT_CYCLES + config.splits * M * N * groups * 8 / L2_BYTES_PER_CYCLE
         yield config, cycles
 
 
@@ -293,11 +300,11 @@ def _fit(config: LinearConfig, K: int, bits: int, itemsize: int, gpu: Gpu) -> Li
     return config if fits else replace(config, max_registers=None)
 
 
-def _splits(config: LinearConfig, M: int, N: int, steps: int, gpu: Gpu) -> int:
+def _splits(config: LinearConfig, tiles: int, steps: int, gpu: Gpu) -> int:
     """Parts of the sum over K: as many as there are multiprocessors left, with a few steps each."""
     # a few rows are a matter of latency: more and shorter programs, whose sums are small
     programs, least, most = (2, 2, 16) if config.block_m <= 32 else (1, 4, 8)
-    free = programs * gpu.num_sms // _tiles(config, M, N)
+    free = programs * gpu.num_sms // tiles
     return max(1, min(free, steps // least, most))
 
 

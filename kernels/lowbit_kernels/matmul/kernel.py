@@ -1,7 +1,7 @@
 """Triton kernel for y = epilogue(x @ W.T + bias) + residual, dequantized in registers.
 
 Dimension key: M rows of x, seen as [B, T]; N output features, N_out N / 2 with ``glu`` and N
-without; K input features.
+without; K input features. A grouped convolution has G products of these sizes, side by side in y.
 
 The tile is that of y.T: the weight is the left operand, which ``wgmma`` takes from registers. A
 step of the loop over K is ``UNROLL`` blocks of packed bytes (``formats/packing.py``), a ``tl.dot``
@@ -46,8 +46,10 @@ PREFETCH_LINES, LINE_BYTES = tl.constexpr(4), tl.constexpr(128)
 def _linear_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
     x_stats_ptr, weight_sum_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr, stats_ptr,
+    out_offset_ptr, largest_ptr,
     M, N, K, T, N_out, num_groups, steps_per_split,
     stride_xb, stride_xt, stride_qn, stride_rm,
+    GROUPS: tl.constexpr,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EPILOGUE: tl.constexpr, IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr, PER_DOT: tl.constexpr, PAIRS: tl.constexpr,
     EPS: tl.constexpr, STATS_TILES: tl.constexpr, EARLY_START: tl.constexpr,
@@ -71,9 +73,19 @@ def _linear_kernel(
     # at 8 bits
     PARTS: tl.constexpr = PER_DOT if BITS == 8 else 8 // BITS
     RUN: tl.constexpr = PER_DOT * BLOCK_BYTES
+    # windows overlap: through L1 a step finds most of the one before, which L2 could not move
+    CACHE: tl.constexpr = ".ca" if GROUPS > 1 else ""
     offs_j = tl.arange(0, BLOCK_BYTES)
     offs_k = tl.arange(0, RUN)
-    x_rows = x_ptr + rows // T * stride_xb + rows % T * stride_xt
+    batch = rows // T
+    if GROUPS > 1:
+        # x is [B, G, T, K]
+        batch = batch * GROUPS + tl.program_id(2)
+        offs_n += tl.program_id(2) * N
+        y_ptr += 0 if IS_SPLIT else tl.program_id(2) * N_out
+        if residual_ptr is not None:
+            residual_ptr += tl.program_id(2) * N_out
+    x_rows = x_ptr + batch * stride_xb + rows % T * stride_xt
     x_ptrs = x_rows[None, :] + offs_k[:, None]
     q_ptrs = qweight_ptr + offs_n.to(tl.int64)[:, None] * stride_qn + offs_j[None, :]
     group_rows = offs_n * num_groups
@@ -101,10 +113,13 @@ def _linear_kernel(
             for d in tl.static_range(PARTS // PER_DOT):
                 start = (block * PARTS + d * PER_DOT) * BLOCK_BYTES
                 if EVEN_K:
-                    x = tl.load(x_ptrs + start)
+                    x = tl.load(x_ptrs + start, cache_modifier=CACHE)
                 else:
                     # the weight's padding decodes to anything, so x must be 0 there
-                    x = tl.load(x_ptrs + start, mask=(start + offs_k < K)[:, None], other=0.0)
+                    x = tl.load(
+                        x_ptrs + start, mask=(start + offs_k < K)[:, None], other=0.0,
+                        cache_modifier=CACHE,
+                    )  # fmt: skip
                 w = decode_run(
                     q, q_ptrs, scale_ptr, group_scale_ptr, zero_point_ptr, group_rows, start,
                     stride_qn, num_groups, BITS, GROUP_SIZE, d * PER_DOT, DTYPE, PAIRS,
@@ -115,9 +130,9 @@ def _linear_kernel(
         gdc_launch_dependents()
 
     if IS_SPLIT:
-        part = y_ptr + tl.program_id(1).to(tl.int64) * M * N
+        part = y_ptr + tl.program_id(1).to(tl.int64) * M * (N * GROUPS)
         mask = (offs_m < M)[None, :] & (index_n < N)[:, None]
-        tl.store(part + offs_m[None, :] * N + offs_n[:, None], acc, mask=mask)
+        tl.store(part + offs_m[None, :] * (N * GROUPS) + offs_n[:, None], acc, mask=mask)
     else:
         scale = tl.load(scale_ptr + offs_n) if zero_point_ptr is None else None
         bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
@@ -127,9 +142,9 @@ def _linear_kernel(
             weight_sum = tl.load(weight_sum_ptr + offs_n).to(tl.float32)
         write_tile(
             acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-            out_scale_ptr, stats_ptr,
+            out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
             start_m, start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
-            EPILOGUE, 0,
+            EPILOGUE, GROUPS, 0,
         )  # fmt: skip
 
 
@@ -142,8 +157,9 @@ class _Plan:
 
     Args:
         width: features of the output.
-        tile_width: features that the kernel writes: those of the output, or of a part of a sum.
-        tiles_n: tiles along the features.
+        tile_width: features that the kernel writes, of a group: those of the output, or of a part
+            of a sum.
+        tiles_n: tiles along the features of a group.
         num_groups: group scales a row.
         steps_per_split: of the loop over K, a program.
         constants: of the kernel.
@@ -174,6 +190,7 @@ def _plan(
     config: LinearConfig,
     device: torch.device,
     eps: float | None,
+    groups: int,
 ) -> _Plan:
     is_split = config.splits > 1
     pairs, assembly = pairs_of(device, _linear_kernel)
@@ -183,7 +200,7 @@ def _plan(
     # a part of a sum holds values and gates side by side, so its tiles are those of a plain layer
     interleaved = epilogue == "glu" and not is_split
     tile_width = N if is_split else width
-    is_persistent = config.persistent and not is_split and eps is None
+    is_persistent = config.persistent and not is_split and eps is None and groups == 1
     shared = {
         "BITS": bits, "GROUP_SIZE": group_size, "EPILOGUE": None if is_split else epilogue,
         "EVEN_K": K % step == 0, "PAIRS": assembly, "PER_DOT": per_dot,
@@ -192,7 +209,7 @@ def _plan(
     }  # fmt: skip
     early_start = config.early_start and assembly > 0
     return _Plan(
-        width,
+        width * groups,
         tile_width,
         tiles_n=-(-tile_width // (config.block_n // 2 if interleaved else config.block_n)),
         num_groups=-(-K // group_size) if group_size else 0,
@@ -200,7 +217,7 @@ def _plan(
         constants=Constants(
             shared
             | {
-                "IS_SPLIT": is_split, "EARLY_START": early_start,
+                "GROUPS": groups, "IS_SPLIT": is_split, "EARLY_START": early_start,
                 "EPS": eps, "STATS_TILES": stats_tiles_padded(K) if eps is not None else 0,
             }
             | replace(config, early_start=early_start).options
@@ -225,12 +242,16 @@ def linear_triton(
     out_scale: Tensor | None = None,
     norm: InputNorm | None = None,
     stats: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    largest: Tensor | None = None,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel. The caller has checked the inputs.
 
     Args:
         x_btk: [B, T, K], fp16, bf16, or int8 or fp8 with ``x_scale``. Its last stride is 1, others
             are any: rows may overlap, as those of a strided convolution's ``as_strided`` view do.
+            With groups [B * G, T, K].
         weight: [N, K].
         bias: [N].
         residual: [B * T, N_out], its last stride 1.
@@ -242,20 +263,25 @@ def linear_triton(
         out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
         norm: the LayerNorm of x that is folded into the weight; x is not int8 then.
         stats: [T, 2, B * T] fp32, to be filled with ``row_statistics`` of y; no ``"glu"`` then.
+        out_offset: [N_out] fp32, subtracted from y before it is rounded; the sum is not split then.
+        largest: [tiles of ``config.block_n``, B * T] fp32, to be filled with the largest magnitudes
+            of a row's features in a tile; no split, residual or ``"glu"`` then.
+        groups: G products, of N / G features each, in one launch; no ``"glu"``, norm or stats then.
 
     Returns:
         y: [B * T, N_out].
         preactivation: [B * T, N] in the same dtype, or None.
     """
     B, T, K = x_btk.shape
-    M, N, spec, device = B * T, weight.N, weight.spec, x_btk.device
+    M, width, spec, device = B * T // groups, weight.N, weight.spec, x_btk.device
+    N = width // groups
     eps = None if norm is None or config.splits > 1 else norm.eps
-    plan = _plan(N, K, spec.bits, spec.group, x_btk.itemsize, epilogue, config, device, eps)
+    plan = _plan(N, K, spec.bits, spec.group, x_btk.itemsize, epilogue, config, device, eps, groups)
     dtype = dtype or x_btk.dtype
-    z = torch.empty(M, N, dtype=dtype, device=device) if want_preactivation else None
+    z = torch.empty(M, width, dtype=dtype, device=device) if want_preactivation else None
     if M == 0:
         return torch.empty(0, plan.width, dtype=dtype, device=device), z
-    grid = (plan.tiles_n * -(-M // config.block_m), config.splits)
+    grid = (plan.tiles_n * -(-M // config.block_m), config.splits, groups)
     sizes = (
         M, N, K, T, plan.tile_width, plan.num_groups, plan.steps_per_split,
         x_btk.stride(0) if B > 1 else 0, x_btk.stride(1), weight.qweight.stride(0),
@@ -265,22 +291,22 @@ def linear_triton(
     if config.splits == 1:
         y = torch.empty(M, plan.width, dtype=dtype, device=device)
         x_stats, weight_sum = (None, None) if norm is None else (norm.stats, norm.weight_sum)
-        outputs = (bias, residual, y, z, out_scale, stats)
-        if plan.staying and stats is None:
+        outputs = (bias, residual, y, z, out_scale, stats, out_offset, largest)
+        if plan.staying and all(extra is None for extra in outputs[-3:]):
             x_desc = describe_rows(x_btk, config.block_m, plan.run)
             if x_desc is not None:
-                grid = (min(grid[0], plan.staying), 1)
+                grid = (min(grid[0], plan.staying), 1, 1)
                 counts = (M, N, plan.width, plan.num_groups, plan.steps_per_split, *sizes[-2:])
                 inputs = (x_desc, *packed, x_scale)
-                launch_persistent(grid, (*inputs, *outputs[:-1], *counts), plan.staying_constants)
+                launch_persistent(grid, (*inputs, *outputs[:-3], *counts), plan.staying_constants)
                 return y, z
         of_norm = (x_stats, weight_sum)
         _launch(grid, (x_btk, *packed, x_scale, *of_norm, *outputs, *sizes), plan.constants)
         return y, z
     sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
-    parts = torch.empty(config.splits, M, N, dtype=sums, device=device)
+    parts = torch.empty(config.splits, M, width, dtype=sums, device=device)
     absent = (None, None, None)
-    args = (x_btk, *packed, x_scale, None, *absent, parts, *absent, *sizes)
+    args = (x_btk, *packed, x_scale, None, *absent, parts, *absent, None, None, *sizes)
     _launch(grid, args, plan.constants)
     scale = weight.scale if spec.symmetric else None
     y = finish_triton(

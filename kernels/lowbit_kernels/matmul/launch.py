@@ -27,12 +27,12 @@ class Launcher:
         self._compiled: dict[Key, tuple[Any, tuple[Any, ...]]] = {}
 
     def __call__(
-        self, grid: tuple[int, int], args: tuple[Any, ...], constants: "Constants"
+        self, grid: tuple[int, ...], args: tuple[Any, ...], constants: "Constants"
     ) -> None:
         """Launch the kernel.
 
         Args:
-            grid: programs along x and y.
+            grid: programs along x, y and, if there are any, z.
             args: tensors, descriptors of tensors, integers and None, in the kernel's order.
             constants: the kernel's constants and the compiler's options.
         """
@@ -48,6 +48,7 @@ class Launcher:
                 self._compiled[key] = compiled, rest
             return
         compiled, rest = found
+        # the first three count
         compiled[*grid, 1](*args, *rest)
 
 

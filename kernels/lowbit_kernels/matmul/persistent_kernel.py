@@ -67,9 +67,9 @@ def _linear_persistent_kernel(
         bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
         write_tile(
             acc, scale, bias, None, None, None, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-            out_scale_ptr, None,
+            out_scale_ptr, None, None, None,
             start_m.to(tl.int64), start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
-            EPILOGUE, 0,
+            EPILOGUE, 1, 0,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Triton functions of a tile of a linear layer: its weights, decoded, and its end.
 
-Dimension key: M rows of the input, N output features, N_out N / 2 with ``glu`` and N without.
+Dimension key: M rows of the input, N output features, N_out N / 2 with ``glu`` and N without; G
+groups of them, side by side in memory.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -9,7 +10,7 @@ import triton.language as tl
 
 from lowbit_kernels.matmul.decode_kernel import decode_asymmetric, decode_slice, side_by_side
 from lowbit_kernels.matmul.epilogue_kernel import activate
-from lowbit_kernels.matmul.quantize_kernel import round_to_int8
+from lowbit_kernels.matmul.quantize_kernel import max_or_nan, round_to_int8
 from lowbit_kernels.matmul.statistics_kernel import store_statistics
 
 MAX_ROWS_WRITTEN = tl.constexpr(32)
@@ -95,9 +96,9 @@ def tile_rows(start_n, N, N_out, BLOCK_N: tl.constexpr, IS_GLU: tl.constexpr):
 @triton.jit
 def write_tile(
     acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-    out_scale_ptr, stats_ptr,
+    out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
     start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-    EPILOGUE: tl.constexpr, FIRST: tl.constexpr,
+    EPILOGUE: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     # a few rows at a time: those of a whole tile, with their addresses, would not fit in registers
     BLOCK_N: tl.constexpr = acc.shape[0]
@@ -107,15 +108,15 @@ def write_tile(
         first, second = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
         write_tile(
             first, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-            out_scale_ptr, stats_ptr,
+            out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
             start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-            EPILOGUE, FIRST,
+            EPILOGUE, GROUPS, FIRST,
         )  # fmt: skip
         write_tile(
             second, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
-            out_scale_ptr, stats_ptr,
+            out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
             start_m + HALF, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
-            EPILOGUE, FIRST + HALF,
+            EPILOGUE, GROUPS, FIRST + HALF,
         )  # fmt: skip
     else:
         offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -134,7 +135,7 @@ def write_tile(
         if bias is not None:
             z += bias[:, None]
         if z_ptr is not None:
-            z_ptrs = z_ptr + offs_m[None, :] * N + offs_n[:, None]
+            z_ptrs = z_ptr + offs_m[None, :] * (N * GROUPS) + offs_n[:, None]
             tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask_m & mask_n[:, None])
         BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if EPILOGUE == "glu" else BLOCK_N
         if EPILOGUE == "glu":
@@ -148,9 +149,16 @@ def write_tile(
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + rows[None, :] * stride_rm + offs_out[:, None]
             y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if out_offset_ptr is not None:
+            y -= tl.load(out_offset_ptr + tl.minimum(offs_out, N_out - 1))[:, None]
+        if largest_ptr is not None:
+            # rounded after the maximum; features past the end repeat the last
+            largest = tl.reduce(tl.abs(y), 0, max_or_nan).to(y_ptr.dtype.element_ty)
+            largest_ptrs = largest_ptr + (start_n // BLOCK_OUT).to(tl.int64) * M + offs_m
+            tl.store(largest_ptrs, largest.to(tl.float32), mask=offs_m < M)
         if out_scale_ptr is not None:
             y, _ = round_to_int8(y, tl.div_rn(1.0, tl.load(out_scale_ptr)), CLAMP=True)
-        y_ptrs = y_ptr + offs_m[None, :] * N_out + offs_out[:, None]
+        y_ptrs = y_ptr + offs_m[None, :] * (N_out * GROUPS) + offs_out[:, None]
         y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptrs, y, mask=mask)
         if stats_ptr is not None:

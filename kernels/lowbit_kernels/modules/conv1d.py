@@ -18,7 +18,7 @@ from lowbit_kernels.matmul import low_bit_linear
 from lowbit_kernels.modules.base import QuantizedModule, check_spec
 
 CONV1D_INPUTS = (None, "int8")
-_ATTRIBUTES = (
+CONV1D_ATTRIBUTES = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -77,7 +77,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
                 f"padding_mode must be 'zeros' for a QConv1d, got {conv.padding_mode!r}"
             )
         nn.Module.__init__(self)
-        for name in _ATTRIBUTES:
+        for name in CONV1D_ATTRIBUTES:
             setattr(self, name, getattr(conv, name))
         self.spec = spec
         if spec.input_offset and not takes_offset(conv):
@@ -158,7 +158,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         return self.to_empty(device=device).train(conv.training)
 
     def _empty(self) -> QuantizedWeight:
-        empty = empty_depthwise_weight if self._is_depthwise else empty_weight
+        empty = empty_depthwise_weight if is_depthwise(self) else empty_weight
         taps = self.kernel_size[0] * self.in_channels // self.groups
         return empty(self.out_channels, taps, self.spec, device="meta")
 
@@ -166,26 +166,14 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         """A plain ``nn.Conv1d`` with the dequantized weight; weight norm does not come back."""
         weight = self.weight.as_subclass(Tensor)
         conv = nn.Conv1d(1, 1, 1, bias=False, device="meta")
-        for name in _ATTRIBUTES:
+        for name in CONV1D_ATTRIBUTES:
             setattr(conv, name, getattr(self, name))
         conv.weight = nn.Parameter(weight)
         conv.register_parameter("bias", self._parameters["bias"])
         return conv.train(self.training)
 
-    @property
-    def _is_pointwise(self) -> bool:
-        return (
-            self.kernel_size == self.stride == (1,)
-            and self.groups == 1
-            and self.padding in ((0,), "same", "valid")
-        )
-
-    @property
-    def _is_depthwise(self) -> bool:
-        return self.groups == self.in_channels == self.out_channels and self.groups > 1
-
     def _quantize(self, weight: Tensor, method: str = "rtn") -> QuantizedWeight:
-        if self._is_depthwise:
+        if is_depthwise(self):
             return quantize_depthwise_weight(weight.squeeze(1), self.spec, method)
         return quantize_weight(weight.permute(0, 2, 1).flatten(1), self.spec, method)
 
@@ -197,7 +185,7 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         """``nn.Conv1d``'s call; ``epilogue`` fuses the activation that follows."""
         if x.dim() == 2:  # unbatched [C, T], as nn.Conv1d
             return self.forward(x[None], epilogue=epilogue)[0]
-        if self._is_pointwise:  # a linear layer over frames: int8 inputs get a scale a frame
+        if is_pointwise(self):  # a linear layer over frames: int8 inputs get a scale a frame
             frames = x.transpose(1, 2)
             y = low_bit_linear(frames, self.quantized_weight(), self.bias, epilogue=epilogue)
             return y.transpose(1, 2)
@@ -206,20 +194,36 @@ class QConv1d(QuantizedModule, nn.Conv1d):
             x = x - self.input_offset[:, None].to(x.dtype)
             bias = self.bias_with_offset()
             bias = None if bias is None else bias.to(x.dtype)
-        padding = self.padding if isinstance(self.padding, str) else self.padding[0]
-        return low_bit_conv1d(
-            x,
-            self.quantized_weight(),
-            bias,
-            stride=self.stride[0],
-            padding=padding,
-            dilation=self.dilation[0],
-            groups=self.groups,
-            epilogue=epilogue,
-        )
+        weight = self.quantized_weight()
+        return low_bit_conv1d(x, weight, bias, epilogue=epilogue, **conv_options(self))
 
     def extra_repr(self) -> str:
         return f"{nn.Conv1d.extra_repr(self)}, {self.spec}"  # type: ignore[no-untyped-call]
+
+
+def conv_options(conv: nn.Conv1d) -> dict[str, Any]:
+    """Stride, padding, dilation and groups as the ops take them."""
+    padding = 0 if conv.padding == "valid" else conv.padding
+    return {
+        "stride": conv.stride[0],
+        "padding": padding[0] if isinstance(padding, tuple) else padding,
+        "dilation": conv.dilation[0],
+        "groups": conv.groups,
+    }
+
+
+def is_pointwise(conv: nn.Conv1d) -> bool:
+    """Whether a convolution is a linear layer over frames."""
+    return (
+        conv.kernel_size == conv.stride == (1,)
+        and conv.groups == 1
+        and conv.padding in ((0,), "same", "valid")
+    )
+
+
+def is_depthwise(conv: nn.Conv1d) -> bool:
+    """Whether a convolution's weight is stored as one of a depthwise convolution."""
+    return conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
 
 
 def takes_offset(conv: nn.Conv1d) -> bool:
@@ -232,11 +236,12 @@ def takes_offset(conv: nn.Conv1d) -> bool:
     return unpadded and conv.groups == 1 and conv.kernel_size[0] > 1
 
 
-def folded_weight(conv: nn.Conv1d) -> Tensor:
-    """The weight a convolution computes with, weight norm of either style applied."""
-    if hasattr(conv, "weight_g"):  # torch.nn.utils.weight_norm keeps a stale copy in .weight
-        hooks = conv._forward_pre_hooks.values()
-        dim: int = next((h.dim for h in hooks if getattr(h, "name", "") == "weight"), 0)  # type: ignore[attr-defined]
-        v, g = conv._parameters["weight_v"], conv._parameters["weight_g"]
-        return torch._weight_norm(v.detach(), g.detach(), dim)  # type: ignore[union-attr]
-    return conv.weight.detach()
+def folded_weight(layer: Any) -> Tensor:
+    """The weight a convolution or linear layer computes with, weight norm of any style applied."""
+    if hasattr(layer, "weight_g"):  # torch.nn.utils.weight_norm keeps a stale copy in .weight
+        hooks = layer._forward_pre_hooks.values()
+        dim = next((h.dim for h in hooks if getattr(h, "name", "") == "weight"), 0)
+        v, g = layer._parameters["weight_v"], layer._parameters["weight_g"]
+        return torch._weight_norm(v.detach(), g.detach(), dim)
+    weight: Tensor = layer.weight
+    return weight.detach()

@@ -13,6 +13,7 @@ from lowbit_kernels.checks import EPILOGUES, check_dtype, output_shape
 from lowbit_kernels.cpu import activation_quantize_cpu
 from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.matmul.reference import epilogue_backward_reference
+from lowbit_kernels.norm.checks import check_scale
 from lowbit_kernels.norm.levels import aligned_levels, empty_levels
 from lowbit_kernels.norm.reference import activation_quantize_reference
 
@@ -157,13 +158,7 @@ def activation_quantize(
     if activation == "glu" and x.shape[-1] % 2:
         raise ValueError(f"x must be [..., 2 N] with 'glu', got shape {tuple(x.shape)}")
     check_dtype("x", x)
-    if scale is not None and (
-        scale.dim() or scale.dtype != torch.float32 or scale.device != x.device
-    ):
-        raise ValueError(
-            f"scale must be [] fp32 on {x.device}, "
-            f"got {list(scale.shape)} {scale.dtype} on {scale.device}"
-        )
+    check_scale(scale, x)
     y, q, row_scale = torch.ops.lowbit.activation_quantize.default(
         x, activation, scale, return_dequantized
     )

@@ -40,3 +40,14 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
             f"lengths must be [{x.shape[0]}] on {x.device}, "
             f"got {list(lengths.shape)} on {lengths.device}"
         )
+
+
+def check_scale(scale: Tensor | None, x: Tensor) -> None:
+    """Refuse a static scale that is not one fp32 number on x's device."""
+    if scale is not None and (
+        scale.dim() or scale.dtype != torch.float32 or scale.device != x.device
+    ):
+        raise ValueError(
+            f"scale must be [] fp32 on {x.device}, "
+            f"got {list(scale.shape)} {scale.dtype} on {scale.device}"
+        )

@@ -8,41 +8,48 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from lowbit_kernels.checks import check_dtype, check_like
 from lowbit_kernels.cpu import norm_quantize_cpu
 from lowbit_kernels.device import implement_on_cuda
-from lowbit_kernels.norm.checks import check_float_input, check_parameter
+from lowbit_kernels.matmul.reference import (
+    apply_epilogue,
+    epilogue_backward_reference,
+    int8_scale,
+)
+from lowbit_kernels.norm.checks import (
+    check_activation,
+    check_lengths,
+    check_parameter,
+    check_scale,
+)
 from lowbit_kernels.norm.levels import aligned_levels, empty_levels
-from lowbit_kernels.norm.reference import quantize_rows_reference
+from lowbit_kernels.norm.reference import quantize_rows_reference, zero_padding
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 torch.library.define(
     "lowbit::norm_quantize",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool return_dequantized) "
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool return_y, "
+    "Tensor? lengths, str? activation, Tensor? static_scale, bool quantize) "
     "-> (Tensor h, Tensor y, Tensor q, Tensor scale, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
     "lowbit::norm_quantize_backward",
     "(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor bias, Tensor mean, "
-    "Tensor rstd) -> (Tensor dh, Tensor dweight, Tensor dbias)",
+    "Tensor rstd, Tensor? lengths, str? activation) "
+    "-> (Tensor dh, Tensor dweight, Tensor dbias)",
 )
 
 
 @torch.library.register_fake("lowbit::norm_quantize")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    return_dequantized: bool,
-) -> Outputs:
+def _fake(*args: Any) -> Outputs:
+    x, _, _, residual, _, return_y, _, _, _, quantize = args
     wide = torch.promote_types(x.dtype, torch.float32)
     statistic = (*x.shape[:-1], 1)
     return (
         x.new_empty(0 if residual is None else x.shape),
-        x.new_empty(x.shape if return_dequantized else 0),
-        empty_levels(x.shape, x.device),
+        x.new_empty(x.shape if return_y else 0),
+        empty_levels(x.shape if quantize else (0,), x.device),
         x.new_empty(statistic, dtype=torch.float32),
         x.new_empty(statistic, dtype=wide),
         x.new_empty(statistic, dtype=wide),
@@ -50,60 +57,49 @@ def _fake(
 
 
 @torch.library.register_fake("lowbit::norm_quantize_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    grad_h: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, h, weight, bias, *_ = args
     return h.new_empty(h.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 @torch.library.impl("lowbit::norm_quantize", "cpu")
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    return_dequantized: bool,
-) -> Outputs:
-    if x.dtype == torch.float32:
-        native = norm_quantize_cpu(x, weight, bias, residual, eps, return_dequantized)
+def _cpu(*args: Any) -> Outputs:
+    x, weight, bias, residual, eps, return_y, lengths, activation, static_scale, quantize = args
+    if x.dtype == torch.float32 and args[6:] == (None, None, None, True):
+        native = norm_quantize_cpu(*args[:6])
         if native is not None:
             h, y, q, scale, mean, rstd = native
             return h, y, aligned_levels(q), scale, mean, rstd
     wide = torch.promote_types(x.dtype, torch.float32)
-    h = (x if residual is None else x + residual).contiguous()
-    normalized, mean, rstd = torch.native_layer_norm(
+    h = zero_padding(x if residual is None else x + residual, lengths).contiguous()
+    z, mean, rstd = torch.native_layer_norm(
         h.to(wide), (h.shape[-1],), weight.to(wide), bias.to(wide), eps
     )
-    q, scale = quantize_rows_reference(normalized)
-    y = (q * scale).to(x.dtype) if return_dequantized else x.new_empty(0)
+    y = zero_padding(apply_epilogue(z, activation), lengths)
+    if quantize:
+        q, scale = quantize_rows_reference(y, static_scale)
+        y = q * scale if return_y else y.new_empty(0)
+    else:
+        q = x.new_empty(0, dtype=torch.int8)
+        scale = int8_scale(y.to(x.dtype).abs().amax(-1, keepdim=True))
     h = x.new_empty(0) if residual is None else h
-    return h, y, aligned_levels(q), scale, mean, rstd
+    return h, y.to(x.dtype), aligned_levels(q), scale, mean, rstd
 
 
 @torch.library.impl("lowbit::norm_quantize_backward", "cpu")
-def _cpu_backward(
-    grad_y: Tensor,
-    grad_h: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_y, grad_h, h, weight, bias, mean, rstd, lengths, activation = args
     wide = mean.dtype
+    grad, weight_wide = zero_padding(grad_y, lengths).to(wide).contiguous(), weight.to(wide)
+    h_wide = zero_padding(h, lengths).to(wide).contiguous()
+    if activation is not None:
+        z = (h_wide - mean) * rstd * weight_wide + bias.to(wide)
+        grad = epilogue_backward_reference(grad, z, activation)
     dh, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(wide).contiguous(), h.to(wide).contiguous(), (h.shape[-1],), mean, rstd,
-        weight.to(wide), bias.to(wide), [True, True, True],
-    )  # fmt: skip
+        grad, h_wide, (h.shape[-1],), mean, rstd, weight_wide, bias.to(wide), [True, True, True]
+    )
     if grad_h is not None:
-        dh = dh + grad_h
+        dh = dh + zero_padding(grad_h, lengths)
     return dh.to(h.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
@@ -118,30 +114,26 @@ implement_on_cuda(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, bias, residual, _, _ = inputs
+    x, weight, bias, residual, _, ctx.has_y, lengths, ctx.activation, _, _ = inputs
     h, _, q, scale, mean, rstd = output
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(h if ctx.has_residual else x, weight, bias, mean, rstd)
+    ctx.save_for_backward(h if ctx.has_residual else x, weight, bias, mean, rstd, lengths)
     ctx.mark_non_differentiable(q, scale, mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any,
-    grad_h: Tensor | None,
-    grad_y: Tensor | None,
-    grad_q: None,
-    grad_scale: None,
-    grad_mean: None,
-    grad_rstd: None,
+    ctx: Any, grad_h: Tensor | None, grad_y: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     grad_h = grad_h if ctx.has_residual else None
-    if grad_y is None or grad_y.numel() == 0:
-        return grad_h, None, None, grad_h, None, None
-    dh, dweight, dbias = torch.ops.lowbit.norm_quantize_backward.default(
-        grad_y, grad_h, *ctx.saved_tensors
-    )
-    return dh, dweight, dbias, dh if ctx.has_residual else None, None, None
+    *saved, lengths = ctx.saved_tensors
+    if grad_y is None or not ctx.has_y:
+        dh, dweight, dbias = None if grad_h is None else zero_padding(grad_h, lengths), None, None
+    else:
+        dh, dweight, dbias = torch.ops.lowbit.norm_quantize_backward.default(
+            grad_y, grad_h, *saved, lengths, ctx.activation
+        )
+    return dh, dweight, dbias, dh if ctx.has_residual else None, *(None,) * 6
 
 
 torch.library.register_autograd("lowbit::norm_quantize", _backward, setup_context=_setup_context)
@@ -155,6 +147,9 @@ def norm_quantize(
     *,
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    activation: str | None = None,
+    lengths: Tensor | None = None,
+    scale: Tensor | None = None,
     return_dequantized: Literal[False] = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -167,6 +162,9 @@ def norm_quantize(
     *,
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    activation: str | None = None,
+    lengths: Tensor | None = None,
+    scale: Tensor | None = None,
     return_dequantized: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
@@ -178,16 +176,20 @@ def norm_quantize(
     *,
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    activation: str | None = None,
+    lengths: Tensor | None = None,
+    scale: Tensor | None = None,
     return_dequantized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Add a residual, apply LayerNorm, and quantize each row to int8, in one pass.
+    """Add a residual, apply LayerNorm and an activation, quantize each row to int8, in one pass.
 
-    Equivalent to ``h = x + residual; y = F.layer_norm(h, (N,), weight, bias, eps)`` in fp32, and
-    then what a low-bit linear layer with int8 inputs does to its input: ``scale = y.abs().amax(-1,
-    keepdim=True) / 127``, at least 2 ** -126; ``q = (y * (1 / scale)).round()``.
+    Equivalent to ``h = x + residual; y = act(F.layer_norm(h, (N,), weight, bias, eps))`` in fp32,
+    and then what a low-bit linear layer with int8 inputs does to its input: ``scale =
+    y.abs().amax(-1, keepdim=True) / 127``, at least 2 ** -126; ``q = (y * (1 / scale)).round()``,
+    with a static scale clamped to [-127, 127].
 
     Integers carry no gradient, so q and scale have none. Training uses the fourth result: the
-    gradient of y is that of the LayerNorm (straight through the rounding).
+    gradient of y is that of the LayerNorm and activation (straight through rounding and clamp).
 
     Args:
         x: [..., N], fp16, bf16 or fp32 (fp64 on a CPU). Any strides.
@@ -195,11 +197,16 @@ def norm_quantize(
         bias: [N], any floating dtype.
         residual: like x, or None.
         eps: added to the variance.
+        activation: None, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"relu"``.
+        lengths: [B], int32 or int64, the valid frames of x [B, T, N]. The others are not read: h,
+            y and q are 0 there, and their gradient is. None: every frame is valid.
+        scale: [], fp32: the scale of all rows. None: each row's own.
         return_dequantized: also return y = q * scale.
 
     Returns:
         q: [..., N], int8 in [-127, 127], rows a multiple of 32 bytes apart.
-        scale: [..., 1], fp32. NaN for a row that is not finite; its integers mean nothing.
+        scale: [..., 1], fp32. A row's own is NaN where the row is not finite; its integers mean
+            nothing.
         h: [..., N], x + residual in the dtype of x, differentiable; x itself without a residual.
         y: [..., N], q * scale in the dtype of x, differentiable. With ``return_dequantized``.
 
@@ -207,20 +214,60 @@ def norm_quantize(
         ValueError: on a wrong shape, dtype or device, naming the argument.
         NotImplementedError: on a GPU, for more than 8192 features.
     """
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be [..., N] with N >= 1, got shape {tuple(x.shape)}")
-    check_float_input("x", x)
-    check_parameter("weight", weight, x, x.shape[-1])
-    check_parameter("bias", bias, x, x.shape[-1])
-    if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
-    ):
-        raise ValueError(
-            f"residual must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
-            f"got {tuple(residual.shape)} {residual.dtype} on {residual.device}"
-        )
-    h, y, q, scale, _, _ = torch.ops.lowbit.norm_quantize.default(
-        x, weight, bias, residual, eps, return_dequantized
+    _check(x, weight, bias, activation, lengths)
+    check_like("residual", residual, tuple(x.shape), x.dtype, x)
+    check_scale(scale, x)
+    h, y, q, row_scale, _, _ = torch.ops.lowbit.norm_quantize.default(
+        x, weight, bias, residual, eps, return_dequantized, lengths, activation, scale, True
     )
     h = x if residual is None else h
-    return (q, scale, h, y) if return_dequantized else (q, scale, h)
+    return (q, row_scale, h, y) if return_dequantized else (q, row_scale, h)
+
+
+def norm_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str | None,
+    lengths: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Apply LayerNorm and an activation in one pass, in fp32; 0 beyond the lengths.
+
+    The backward recomputes the normalized values: nothing but x and two numbers a row is kept.
+
+    Args:
+        x: as in ``norm_quantize``.
+        weight: as in ``norm_quantize``.
+        bias: as in ``norm_quantize``.
+        activation: as in ``norm_quantize``.
+        lengths: as in ``norm_quantize``.
+        eps: added to the variance.
+
+    Returns:
+        Like x, contiguous. Differentiable.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or activation, naming the argument.
+        NotImplementedError: on a GPU, for more than 8192 features.
+    """
+    _check(x, weight, bias, activation, lengths)
+    y: Tensor = torch.ops.lowbit.norm_quantize.default(
+        x, weight, bias, None, eps, True, lengths, activation, None, False
+    )[1]
+    return y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, lengths: Tensor | None
+) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be [..., N] with N >= 1, got shape {tuple(x.shape)}")
+    check_dtype("x", x)
+    check_parameter("weight", weight, x, x.shape[-1])
+    check_parameter("bias", bias, x, x.shape[-1])
+    check_activation(activation)
+    if lengths is not None and x.dim() != 3:
+        raise ValueError(f"x must be [B, T, N] with lengths, got shape {tuple(x.shape)}")
+    check_lengths(lengths, x)
