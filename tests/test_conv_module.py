@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowbit_kernels.conversion.convert import adapt
 from lowbit_kernels.formats import QuantSpec
 from lowbit_kernels.modules.conv_module import ConvolutionModule
 from lowbit_kernels.testing import assert_as_accurate
@@ -234,3 +235,50 @@ def test_a_hook_on_a_part_is_called():
     with torch.no_grad(), Calls() as calls:
         model(**family.inputs())
     assert (seen, calls.ops["lowbit.depthwise_conv1d_norm"]) == ([1], 1)
+
+
+def trained_module(extra, dtype=torch.float64):
+    """Outputs, gradients and running statistics of a Conformer's module on two utterances."""
+    from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
+
+    torch.manual_seed(0)
+    config = Wav2Vec2ConformerConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2), conv_depthwise_kernel_size=7,
+        conformer_conv_dropout=0.0, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = Wav2Vec2ConformerModel(config).to(dtype)
+    adapt(model)
+    layer = model.encoder.layers[0]
+    lengths, T = torch.tensor([9, 5]), 9 + extra
+    x = torch.randn(2, 9, 24, dtype=dtype)
+    x = torch.cat((x, torch.full((2, extra, 24), 7.0, dtype=dtype)), 1)
+    mask = torch.arange(T) < lengths[:, None]
+    x = x.masked_fill(~mask[..., None], 3.0).requires_grad_()
+    module = layer.conv_module.train()
+    if extra:
+        module._mask = mask
+    y = module(x) if extra else None
+    return module, x, mask, y
+
+
+def test_training_counts_valid_frames_only():
+    module, x, mask, y = trained_module(extra=3)
+    y.masked_fill(~mask[..., None], 0).square().sum().backward()
+    # one utterance after the other, with PyTorch's own parts
+    twin, _, _, _ = trained_module(extra=0)
+    leaves = [x.detach()[b, mask[b]].requires_grad_() for b in range(2)]
+    before = [
+        twin.depthwise_conv(twin.glu(twin.pointwise_conv1(twin.layer_norm(leaf[None]).mT)))[0].mT
+        for leaf in leaves
+    ]
+    normed = twin.activation(twin.batch_norm(torch.cat(before)))
+    expected = twin.pointwise_conv2(normed.mT[None])[0].mT
+    expected.square().sum().backward()
+    torch.testing.assert_close(y[mask], expected)
+    torch.testing.assert_close(x.grad[mask], torch.cat([leaf.grad for leaf in leaves]))
+    assert not x.grad[~mask].any()
+    for (name, a), b in zip(module.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(module.batch_norm, name), getattr(twin.batch_norm, name))

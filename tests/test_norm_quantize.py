@@ -224,7 +224,11 @@ W = torch.ones(4)
         ((X.long(), W, W), {}, "x must be fp16, bf16 or fp32 .* got torch.int64"),
         ((X, W, W), {}, r"weight must be \[5\], got \[4\]"),
         ((X.mT, W, W), {"residual": X}, r"residual must be \[2, 5, 4\], got \[2, 4, 5\]"),
-        ((X.mT, W, W), {"residual": X.mT.half()}, "residual must be torch.float32 .* like x, got torch.float16"),
+        (
+            (X.mT, W, W),
+            {"residual": X.mT.half()},
+            "residual must be torch.float32 .* like x, got torch.float16",
+        ),
     ],
 )
 def test_norm_quantize_names_wrong_arguments(arguments, options, message):

@@ -311,7 +311,7 @@ def test_ops_are_registered_correctly(case, kind, layout, device):
     torch.library.opcheck(op, (*inference, "gelu", False, *options))
     _, z, rounded = op(*leaves, "gelu", True, *options)
     grad, rounded = torch.randn_like(residual), rounded.detach() if rounded.numel() else None
-    for needs in ((True, True, True), (False, True, False)):
+    for needs in ((True, True, True), (False, False, True)):
         torch.library.opcheck(
             torch.ops.lowbit.training_conv1d_backward.default,
             (
@@ -383,12 +383,9 @@ W4 = Levels.of_weight(4)
             r"x must have groups \* 4 channels .* got 8 channels in 1",
         ),
         ({"weight": torch.ones(6, 4, 3)}, "x has 8 channels in 1 groups"),
-        ({"groups": 3}, "groups must divide the channels, got 3 for 8 in and 6 out"),
         ({"weight": torch.ones(7, 8, 3), "epilogue": "glu"}, "even number of rows, got N = 7"),
         ({"x": torch.ones(2, 8, 2)}, "x must have at least 3 frames"),
-        ({"x": torch.ones(8, 5)}, r"x must be \[B, C, T\]"),
         ({"x": torch.ones(2, 8, 5).long()}, "x must be fp16, bf16 or fp32"),
-        ({"stride": 0}, "stride must be an int >= 1, got 0"),
         ({"bias": torch.ones(5)}, r"bias must be \[6\], got \[5\]"),
         ({"residual": torch.ones(2, 6, 3).half()}, "residual must be torch.float32 on cpu like x"),
         ({"lengths": torch.ones(3).long()}, r"lengths must have shape \(2,\)"),

@@ -103,11 +103,12 @@ def training_conv1d_cuda(
         z = F.conv1d(frames, conv_weight(rounded, geometry), **options).mT.contiguous()
     if bias is None and epilogue is None and residual is None:
         return z, z
-    rows = z.flatten(0, 1)
-    y = finish_triton(
-        rows[None], None, None, bias, None if residual is None else residual.flatten(0, 1),
-        epilogue, z.dtype, rows if save and bias is not None and epilogue is not None else None,
-    )  # fmt: skip
+    parts, rows = z.flatten(0, 1)[None], None if residual is None else residual.flatten(0, 1)
+    seen = None
+    if save and bias is not None and epilogue is not None:  # else it is there already, or not asked
+        z = torch.empty_like(z)
+        seen = z.flatten(0, 1)
+    y = finish_triton(parts, None, None, bias, rows, epilogue, z.dtype, seen)
     return y.view(*z.shape[:2], -1), z
 
 

@@ -26,14 +26,12 @@ from lowbit_kernels.fake_quant.linear_op import (
     fake_backward,
     keeps_rounded,
     register_training_gradient,
+    round_weight_reference,
     unpack_weight,
 )
 from lowbit_kernels.fake_quant.op import PACKED, flatten
 from lowbit_kernels.fake_quant.quantizer import Quantizer, check_quantizer
-from lowbit_kernels.fake_quant.reference import (
-    fake_quantize_backward_reference,
-    fake_quantize_reference,
-)
+from lowbit_kernels.fake_quant.reference import fake_quantize_backward_reference
 from lowbit_kernels.matmul.reference import apply_epilogue, epilogue_backward_reference
 
 _GEOMETRY = "Tensor? lengths, int stride, int left, int right, int dilation, int groups"
@@ -106,7 +104,9 @@ def _backward_op(
         (needs_x, needs_weight, needs_bias),
     )  # fmt: skip
     dscale = x.new_empty(0)
-    if needs_weight:
+    if not needs_weight:
+        dweight = weight.new_empty(0)
+    else:
         rows, quantizer = unpack_weight(rows, packed)
         if quantizer is not None and quantizer.method != "ste":
             dweight, dscale = quantizer_gradient(dweight.contiguous(), rows, quantizer)
@@ -115,42 +115,20 @@ def _backward_op(
     return channel_first(dx) if needs_x else dx, dweight, dbias, dscale
 
 
-def _cpu_run(
-    x: Tensor,
-    rounded: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    geometry: Geometry,
-    epilogue: str | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def _cpu_run(*args: Any) -> tuple[Tensor, Tensor]:
+    x, rounded, bias, residual, lengths, geometry, epilogue, _ = args
     z = convolve(mask_frames(x, lengths), conv_weight(rounded, geometry), bias, geometry).mT
     y = apply_epilogue(z, epilogue)
     return y if residual is None else y + residual.mT, z
 
 
-def _cpu_round(weight: Tensor, quantizer: Quantizer | None, dtype: torch.dtype) -> Tensor:
-    if quantizer is None:
-        return weight.to(dtype)
-    return fake_quantize_reference(weight, quantizer, dtype)
-
-
 @torch.library.impl("lowbit::training_conv1d", "cpu")
 def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(args, _cpu_round, _cpu_run)
+    return _forward(args, round_weight_reference, _cpu_run)
 
 
-def _cpu_gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    rounded: Tensor,
-    z: Tensor | None,
-    lengths: Tensor | None,
-    geometry: Geometry,
-    epilogue: str | None,
-    needs: tuple[bool, bool, bool],
-) -> Gradients:
+def _cpu_gradients(*args: Any) -> Gradients:
+    grad_y, x, rounded, z, lengths, geometry, epilogue, needs = args
     dz = epilogue_backward_reference(
         grad_y.mT.contiguous(), None if z is None else z.mT, epilogue
     ).mT

@@ -93,14 +93,19 @@ def _outputs(
     )
 
 
+def round_weight_reference(
+    weight: Tensor, quantizer: Quantizer | None, dtype: torch.dtype
+) -> Tensor:
+    """The weight that multiplies, [N, K]; maybe itself without a quantizer."""
+    if quantizer is None:
+        return weight.to(dtype)
+    return fake_quantize_reference(weight, quantizer, dtype)
+
+
 @torch.library.impl("lowbit::training_linear", "cpu")
 def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, residual, epilogue, _, *packed = args
-    rounded, quantizer = unpack_weight(weight, packed)
-    if quantizer is None:
-        rounded = rounded.to(x.dtype)
-    else:
-        rounded = fake_quantize_reference(rounded, quantizer, x.dtype)
+    rounded = round_weight_reference(*unpack_weight(weight, packed), x.dtype)
     z = F.linear(x.reshape(-1, x.shape[-1]), rounded, bias)
     y = apply_epilogue(z, epilogue)
     if residual is not None:

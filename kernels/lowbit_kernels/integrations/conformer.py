@@ -1,7 +1,8 @@
 """Conformers: convolution modules fused and blind to padding, rotary positions without a cache.
 
 The convolution modules of wav2vec2-conformer, wav2vec2-bert and parakeet run as three low-bit ops
-in inference (``modules/conv_module.py``), and as transformers computes them where gradients are.
+in inference (``modules/conv_module.py``), and as transformers computes them where gradients are;
+in training wav2vec2-conformer's BatchNorm counts valid frames only, in one op with its activation.
 
 Dimension key: B batch, T frames, C features, D head dimension.
 """
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.class_swap import Swapped, is_stock, swap_class
+from lowbit_kernels.modules.batch_norm import normalize_frames, shared_by
 from lowbit_kernels.modules.conv_module import convolve, fuses_convolution
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 
 
 class MaskedConformerLayer(Swapped):
@@ -39,7 +43,7 @@ class MaskedConvolutionModule(Swapped):
     pointwise_conv1: nn.Module
     glu: nn.Module
     depthwise_conv: nn.Module
-    batch_norm: nn.Module
+    batch_norm: Any
     activation: Any
     pointwise_conv2: nn.Module
     dropout: nn.Module
@@ -52,15 +56,24 @@ class MaskedConvolutionModule(Swapped):
         if _fuses(self, self.batch_norm):
             # the model derives its masks from lengths
             lengths = None if mask is None else mask.sum(1)
-            norm = self.layer_norm if type(self.layer_norm) is nn.LayerNorm else None
-            x = hidden_states if norm else self.layer_norm(hidden_states)
-            return _convolve(self, x, self.batch_norm, lengths, norm)
-        if mask is None:
+            first = self.layer_norm if type(self.layer_norm) is nn.LayerNorm else None
+            x = hidden_states if first else self.layer_norm(hidden_states)
+            return _convolve(self, x, self.batch_norm, lengths, first)
+        norm, epilogue = self.batch_norm, epilogue_of(self.activation)
+        trains = norm.training and epilogue is not None and type(norm) in _BATCH_NORMS
+        if mask is None and not trains:
             plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return plain
-        x = self.layer_norm(hidden_states).transpose(1, 2)
-        x = self.glu(self.pointwise_conv1(x)).masked_fill(~mask[:, None], 0)
-        x = self.activation(self.batch_norm(self.depthwise_conv(x)))
+        x, lengths = self.layer_norm(hidden_states).transpose(1, 2), None
+        x = self.glu(self.pointwise_conv1(x))
+        if mask is not None:
+            x, lengths = x.masked_fill(~mask[:, None], 0), mask.sum(1)
+        x = self.depthwise_conv(x)
+        if trains:
+            group = shared_by(norm) if isinstance(norm, nn.SyncBatchNorm) else None
+            x = normalize_frames(norm, x, lengths, epilogue, group)
+        else:
+            x = self.activation(norm(x))
         out: Tensor = self.dropout(self.pointwise_conv2(x)).transpose(1, 2)
         return out
 

@@ -18,6 +18,7 @@ from lowbit_kernels.conv1d.front_end import (
     front_end,
     serves,
 )
+from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.class_swap import Swapped, swap_class
 from lowbit_kernels.integrations.front_end_layers import front_end_layers, needs_gradient
 from lowbit_kernels.integrations.padding import (
@@ -44,20 +45,15 @@ class MaskedGroupNormConvLayer(Swapped):
 
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
         """[B, C_in, T_in] to [B, C, T]; ``lengths`` [B] counts valid output frames."""
-        if lengths is None:
+        epilogue, norm = epilogue_of(self.activation), self.layer_norm
+        if lengths is None and not (hidden_states.is_cuda and epilogue):
             plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return plain
-        norm = self.layer_norm
         normalized = masked_group_norm(
-            self.conv(hidden_states),
-            norm.weight,
-            norm.bias,
-            lengths=lengths,
-            num_groups=norm.num_groups,
-            eps=norm.eps,
-        )
-        out: Tensor = self.activation(normalized)
-        return out
+            self.conv(hidden_states), norm.weight, norm.bias,
+            lengths=lengths, num_groups=norm.num_groups, eps=norm.eps, activation=epilogue,
+        )  # fmt: skip
+        return normalized if epilogue else self.activation(normalized)
 
 
 class MaskedFeatureEncoder(Swapped):

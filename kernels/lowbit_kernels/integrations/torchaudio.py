@@ -37,11 +37,10 @@ class MaskedConvLayerBlock(Swapped):
         if isinstance(norm, nn.GroupNorm):
             x = masked_group_norm(
                 x, norm.weight, norm.bias,
-                lengths=frames, num_groups=norm.num_groups, eps=norm.eps,
+                lengths=frames, num_groups=norm.num_groups, eps=norm.eps, activation="gelu",
             )  # fmt: skip
-        elif norm is not None:
-            x = norm(x)
-        return F.gelu(x), frames
+            return x, frames
+        return F.gelu(x if norm is None else norm(x)), frames
 
 
 class FusedWavLMSelfAttention(Swapped):

@@ -70,31 +70,41 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             )
             y = apply_epilogue(y, self.activation)
             return y if lengths is None else zero_padding(y.mT, lengths).mT
+        process_group = shared_by(self) if self.sync else None
         if x.dim() == 2:
-            return self._normalize(x.mT[None], lengths)[0].mT
-        return self._normalize(x, lengths)
+            rows = normalize_frames(self, x.mT[None], None, self.activation, process_group)
+            return rows[0].mT
+        return normalize_frames(self, x, lengths, self.activation, process_group)
 
-    def _normalize(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1 / self.num_batches_tracked
-        return masked_batch_norm(
-            x,
-            self.weight if self.affine else x.new_ones(self.num_features),
-            self.bias if self.affine else x.new_zeros(self.num_features),
-            lengths=lengths,
-            eps=self.eps,
-            activation=self.activation,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            momentum=momentum,
-            process_group=self._process_group(),
-        )
 
-    def _process_group(self) -> dist.ProcessGroup | None:
-        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
-            return None
-        group = self.process_group or dist.group.WORLD
-        return group if group is not None and group.size() > 1 else None
+def shared_by(norm: Any) -> dist.ProcessGroup | None:
+    """The processes that share a norm's statistics: its own, or all; None: there is one."""
+    return norm.process_group or (dist.group.WORLD if dist.is_available() else None)
+
+
+def normalize_frames(
+    norm: nn.BatchNorm1d | nn.SyncBatchNorm,
+    x: Tensor,
+    lengths: Tensor | None,
+    activation: str | None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """What a norm in training makes of valid frames, as ``masked_batch_norm``; updates the norm."""
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / norm.num_batches_tracked
+    is_shared = norm.training and process_group is not None and process_group.size() > 1
+    return masked_batch_norm(
+        x,
+        norm.weight if norm.affine else x.new_ones(norm.num_features),
+        norm.bias if norm.affine else x.new_zeros(norm.num_features),
+        lengths=lengths,
+        eps=norm.eps,
+        activation=activation,
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        momentum=momentum,
+        process_group=process_group if is_shared else None,
+    )

@@ -311,7 +311,7 @@ def run_tile(C: int, vec: int, many: bool) -> tuple[int, int, int, int]:
 
 
 def frame_tile(C: int, many: bool) -> tuple[int, int, int, int]:
-    """The same of a pass that needs all channels of its frames: 4 a lane."""
+    """The same of a pass that needs all channels of its frames: 4 a lane, 8 of many channels."""
     block = max(128, triton.next_power_of_2(C))
-    # more than 1024 channels leave 128 registers a thread
-    return block, block, 4 if many and block <= 1024 else 3, block // 128
+    # of more than 1024 channels 16 frames would not stay in registers
+    return block, block, 4 if many and block <= 1024 else 3, min(8, block // 128)
