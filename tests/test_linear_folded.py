@@ -21,7 +21,7 @@ from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, merge_statistics
-from lowbit_kernels.modules import FoldedFeedForward, FoldedLinear, QLinear
+from lowbit_kernels.modules import FoldedLinear, QLinear
 from lowbit_kernels.testing import assert_as_accurate
 from tests.interpreter_memory import checked_memory
 from tests.linear_cases import check, make_inputs
@@ -258,6 +258,19 @@ def test_flops_are_counted(device):
         h, stats = low_bit_linear_with_stats(x, weight, bias, residual=residual)
         low_bit_linear_normed(h, stats, after, weight_sum(after), after_bias)
     assert counter.get_total_flops() == 2 * (2 * 6 * 150 * 70)
+
+
+class FoldedFeedForward(nn.Module):
+    """``h + second(gelu(first(norm(h))))`` in two products and no other pass over h."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, h, stats):
+        inner = self.first(h, stats, epilogue="gelu")
+        second = self.second
+        return low_bit_linear_with_stats(inner, second.quantized_weight(), second.bias, residual=h)
 
 
 class Block(nn.Module):

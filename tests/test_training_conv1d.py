@@ -388,7 +388,7 @@ W4 = Levels.of_weight(4)
         ({"x": torch.ones(2, 8, 5).long()}, "x must be fp16, bf16 or fp32"),
         ({"bias": torch.ones(5)}, r"bias must be \[6\], got \[5\]"),
         ({"residual": torch.ones(2, 6, 3).half()}, "residual must be torch.float32 on cpu like x"),
-        ({"lengths": torch.ones(3).long()}, r"lengths must have shape \(2,\)"),
+        ({"lengths": torch.ones(3).long()}, r"lengths must be \[2\]"),
         ({"quantizer": Quantizer(W4)}, "scale must be given for a weight"),
         ({"quantizer": Quantizer(W4, torch.ones(4))}, r"scale must have 1 element or shape \(6,\)"),
     ],

@@ -51,6 +51,19 @@ def check_like(
         )
 
 
+def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+    """Refuse lengths that are not [B], integers, on x's device."""
+    if lengths is None:
+        return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths must be int32 or int64, got {lengths.dtype}")
+    if lengths.shape != x.shape[:1] or lengths.device != x.device:
+        raise ValueError(
+            f"lengths must be [{x.shape[0]}] on {x.device}, "
+            f"got {list(lengths.shape)} on {lengths.device}"
+        )
+
+
 def output_shape(x: Tensor, N: int, epilogue: str | None) -> tuple[int, ...]:
     """[..., N_out] for x [..., K]."""
     return (*x.shape[:-1], N // 2 if epilogue == "glu" else N)

@@ -205,8 +205,9 @@ def persistent_case(M: int, x: str = "bf16") -> AotCase:
     run = case.constexprs["PER_DOT"] * case.constexprs["BLOCK_BYTES"]
     element = BYTE_INPUTS.get(x, f"*{x}")[1:]
     dropped = {
-        "x_ptr", "x_stats_ptr", "weight_sum_ptr", "stats_ptr", "K", "T", "steps_per_split",
-        "stride_xb", "stride_xt", "GROUPS", "IS_SPLIT", "EPS", "STATS_TILES", "EARLY_START",
+        "x_ptr", "x_stats_ptr", "weight_sum_ptr", "stats_ptr", "out_offset_ptr", "largest_ptr",
+        "K", "T", "steps_per_split", "stride_xb", "stride_xt", "GROUPS", "IS_SPLIT", "EPS",
+        "STATS_TILES", "EARLY_START",
     }  # fmt: skip
     signature = {k: v for k, v in case.signature.items() if k not in dropped}
     return replace(

@@ -1,9 +1,8 @@
 """What low_bit_conv1d accepts, checked once before anything runs."""
 
-import torch
 from torch import Tensor
 
-from lowbit_kernels.checks import MAX_K_INT8, check_dtype, check_epilogue
+from lowbit_kernels.checks import MAX_K_INT8, check_dtype, check_epilogue, check_lengths, check_like
 from lowbit_kernels.conv1d.geometry import Geometry, Padding, resolve_padding
 from lowbit_kernels.formats import QuantizedWeight
 
@@ -13,13 +12,12 @@ def check_geometry(
 ) -> Geometry:
     if not isinstance(weight, QuantizedWeight):
         raise ValueError(f"weight must be a QuantizedWeight, got {type(weight).__name__}")
-    geometry = make_geometry(x, weight.N, weight.K, stride, padding, dilation, groups)
-    if weight.is_depthwise and not groups == x.shape[1] == weight.N:
+    if weight.is_depthwise and x.dim() == 3 and not groups == x.shape[1] == weight.N:
         raise ValueError(
             "a depthwise weight needs groups == input channels == output channels, "
             f"got {groups}, {x.shape[1]} and {weight.N}"
         )
-    return geometry
+    return make_geometry(x, weight.N, weight.K, stride, padding, dilation, groups)
 
 
 def make_geometry(
@@ -75,32 +73,7 @@ def check_tensors(
             f"weight.K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
         )
     B, T_out = x.shape[0], geometry.frames_out(x.shape[2])
-    if bias is not None:
-        _check_tensor("bias", bias, (N,), (x.dtype,), x.device)
-    if residual is not None:
-        N_out = N // 2 if epilogue == "glu" else N
-        _check_tensor("residual", residual, (B, N_out, T_out), (x.dtype,), x.device)
+    N_out = N // 2 if epilogue == "glu" else N
+    check_like("bias", bias, (N,), x.dtype, x)
+    check_like("residual", residual, (B, N_out, T_out), x.dtype, x)
     check_lengths(lengths, x)
-
-
-def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
-    """Refuse lengths that are not [B] integers on the device of x [B, ...]."""
-    if lengths is not None:
-        integers = (torch.int32, torch.int64)
-        _check_tensor("lengths", lengths, (x.shape[0],), integers, x.device)
-
-
-def _check_tensor(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes or tensor.device != device:
-        raise ValueError(
-            f"{name} must be {' or '.join(map(str, dtypes))} on {device}, "
-            f"got {tensor.dtype} on {tensor.device}"
-        )

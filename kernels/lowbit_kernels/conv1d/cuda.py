@@ -4,6 +4,8 @@ Dimension key: B batch, C input channels, N output channels, T input frames, T_o
 M = B * T_out rows of the output.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,6 +81,24 @@ def choose_kernel(
     return "matmul"
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What the kernels of a forward pass are told besides x; the residual is [B, T_out, N_out]."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    residual: Tensor | None
+    lengths: Tensor | None
+    geometry: Geometry
+    epilogue: str | None
+    want_preactivation: bool
+
+    def finish(self, z: Tensor) -> Tensor:
+        """``epilogue(z) + residual`` in one pass: [M, N_out] of z [M, N]."""
+        residual = None if self.residual is None else self.residual.flatten(0, 1)
+        return finish_triton(z[None], None, None, None, residual, self.epilogue, z.dtype)
+
+
 def conv1d_cuda(
     x: Tensor,
     weight: QuantizedWeight,
@@ -102,19 +122,13 @@ def conv1d_cuda(
         B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, gpu.capability,
         spec.deterministic, epilogue is None and residual is None,
     )  # fmt: skip
+    call = _Call(weight, bias, residual, lengths, geometry, epilogue, want_preactivation)
     if kernel == "matmul":
-        y, z = _matmul(
-            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation, gpu
-        )
-    elif kernel.startswith("dequant"):
-        y, z = _dequantized(
-            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation,
-            kernel == "dequant_cublas",
-        )  # fmt: skip
+        y, z = _matmul(x, call, gpu)
+    elif kernel == "depthwise":
+        y, z = _depthwise(x, call)
     else:
-        y, z = _depthwise(
-            x, weight, bias, residual, lengths, geometry, epilogue, want_preactivation
-        )
+        y, z = _dequantized(x, call, by_runs=kernel == "dequant_cublas")
     y = channel_first(y.view(B, T_out, y.shape[-1]))
     return y, None if z is None else channel_first(z.view(B, T_out, weight.N))
 
@@ -158,23 +172,14 @@ def conv1d_backward_cuda(
     return channel_first(dx), dbias
 
 
-def _matmul(
-    x: Tensor,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    geometry: Geometry,
-    epilogue: str | None,
-    want_preactivation: bool,
-    gpu: Gpu,
-) -> Outputs:
+def _matmul(x: Tensor, call: _Call, gpu: Gpu) -> Outputs:
     """A matmul a group over windows [B, T_out, taps * C / groups] that overlap in memory.
 
     Of a base model's positional convolution, 4 bits, read off sm_90's code and not measured: a step
     of 64 x 128 x 64 takes 180 instructions a thread and 256 cycles of the matrix unit, of which 48
     of 64 rows count; shared memory and L1 are busy for 432.
     """
+    weight, lengths, geometry = call.weight, call.lengths, call.geometry
     (B, T, C), dtype, G, x_scale = x.shape, x.dtype, geometry.groups, None
     T_out, spec = geometry.frames_out(T), weight.spec
     if spec.inputs is not None:
@@ -184,72 +189,74 @@ def _matmul(
     elif geometry.left or geometry.right or lengths is not None or G > 1 or x.stride(1) != C:
         x = copy_frames_triton(x, lengths, geometry, pad=True, groups=G)
     # a channel and its gate lie in different groups: one more pass
-    gates_after = G > 1 and epilogue == "glu"
+    gates_after = G > 1 and call.epilogue == "glu"
     rows = planned_rows(B * T_out, spec.deterministic, DETERMINISTIC_FRAMES)
     config = choose_config(rows, weight.N // G, weight.K, spec.bits, x.itemsize, gpu, G)
     y, z = linear_triton(
-        windows(x, geometry), weight, bias,
-        None if residual is None or gates_after else residual.flatten(0, 1),
-        None if gates_after else epilogue, config, x_scale=x_scale, dtype=dtype,
-        want_preactivation=want_preactivation and not gates_after, groups=G,
+        windows(x, geometry), weight, call.bias,
+        None if call.residual is None or gates_after else call.residual.flatten(0, 1),
+        None if gates_after else call.epilogue, config, x_scale=x_scale, dtype=dtype,
+        want_preactivation=call.want_preactivation and not gates_after, groups=G,
     )  # fmt: skip
-    return (_finish(y, residual, epilogue), y) if gates_after else (y, z)
+    return (call.finish(y), y) if gates_after else (y, z)
 
 
-def _depthwise(
-    x: Tensor,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    geometry: Geometry,
-    epilogue: str | None,
-    want_preactivation: bool,
-) -> Outputs:
-    (B, T, _), dtype, N, input_scale = x.shape, x.dtype, weight.N, None
+def _depthwise(x: Tensor, call: _Call) -> Outputs:
+    (B, T, C), dtype, input_scale, lengths = x.shape, x.dtype, None, call.lengths
+    weight, geometry = call.weight, call.geometry
     if weight.spec.inputs is not None:
         x, input_scale = quantize_frames_triton(x, weight.input_scale, lengths, geometry, pad=False)
         lengths = None  # the padded integers are zeros already
-    y = torch.empty(B, geometry.frames_out(T), N, dtype=dtype, device=x.device)
+    y = torch.empty(B, geometry.frames_out(T), C, dtype=dtype, device=x.device)
     # a channel and its gate lie in different tiles: one more pass
-    gates_after = epilogue == "glu"
-    z = torch.empty_like(y) if want_preactivation and not gates_after else None
+    gates_after = call.epilogue == "glu"
+    z = torch.empty_like(y) if call.want_preactivation and not gates_after else None
     depthwise_conv1d_triton(
-        x, weight, bias, None if gates_after else residual, lengths, geometry,
-        None if gates_after else epilogue, y, z, input_scale,
+        x, weight, call.bias, None if gates_after else call.residual, lengths, geometry,
+        None if gates_after else call.epilogue, y, z, input_scale,
     )  # fmt: skip
-    return (_finish(y.flatten(0, 1), residual, epilogue), y) if gates_after else (y, z)
+    return (call.finish(y.flatten(0, 1)), y) if gates_after else (y, z)
 
 
-def _dequantized(
-    x: Tensor,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    lengths: Tensor | None,
-    geometry: Geometry,
-    epilogue: str | None,
-    want_preactivation: bool,
-    by_runs: bool,
-) -> Outputs:
-    if geometry.left or geometry.right or lengths is not None or x.stride(1) != x.shape[2]:
-        x = copy_frames_triton(x, lengths, geometry, pad=True)
-    matrix = dequantize_triton(weight, x.dtype)
-    if by_runs:
-        z = conv1d_by_runs(x, matrix, bias, geometry)
-    else:
-        z = F.conv1d(
-            x.transpose(1, 2),
-            conv_weight(matrix, geometry),
-            bias,
-            stride=geometry.stride,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-        )
-        z = z.transpose(1, 2).contiguous()
-    if epilogue is None and residual is None and not want_preactivation:
+def _dequantized(x: Tensor, call: _Call, by_runs: bool) -> Outputs:
+    x = padded_frames(x, call.lengths, call.geometry)
+    z = convolve_dense(
+        x, dequantize_triton(call.weight, x.dtype), call.bias, call.geometry, by_runs
+    )
+    if call.epilogue is None and call.residual is None and not call.want_preactivation:
         return z, None
-    return _finish(z.flatten(0, 1), residual, epilogue), z
+    return call.finish(z.flatten(0, 1)), z
+
+
+def padded_frames(x: Tensor, lengths: Tensor | None, geometry: Geometry) -> Tensor:
+    """x [B, T, C], frames adjacent in memory, with its padding and without what is invalid."""
+    if geometry.left or geometry.right or lengths is not None or x.stride(1) != x.shape[2]:
+        return copy_frames_triton(x, lengths, geometry, pad=True)
+    return x
+
+
+def unpadded_gradient(dx: Tensor, lengths: Tensor | None, geometry: Geometry, T: int) -> Tensor:
+    """The gradient [B, T, C] of frames from that of padded ones; 0 from ``lengths[b]`` on."""
+    dx = dx.narrow(1, geometry.left, T)
+    if lengths is None and dx.is_contiguous():
+        return dx
+    return copy_frames_triton(channel_last(dx.mT), lengths, Geometry(1), pad=False)
+
+
+def convolve_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, by_runs: bool
+) -> Tensor:
+    """[B, T_out, N] of padded frames [B, T, C] and a weight [N, taps * C / groups], by torch.
+
+    ``by_runs``: by matrix products, one group and no dilation; else by torch's convolution.
+    """
+    if by_runs:
+        return conv1d_by_runs(x, weight, bias, geometry)
+    z = F.conv1d(
+        x.mT, conv_weight(weight, geometry), bias,
+        stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups,
+    )  # fmt: skip
+    return z.mT.contiguous()
 
 
 def _dequantized_dx(
@@ -260,26 +267,14 @@ def _dequantized_dx(
     T: int,
     by_runs: bool,
 ) -> Tensor:
-    matrix = dequantize_triton(weight, dz.dtype)
-    left, right = geometry.left, geometry.right
+    matrix, T_padded = dequantize_triton(weight, dz.dtype), geometry.left + T + geometry.right
     if by_runs:
-        dx = conv1d_dx_by_runs(dz, matrix, geometry, left + T + right)[:, left : left + T]
+        dx = conv1d_dx_by_runs(dz, matrix, geometry, T_padded)
     else:
         dx = F.conv_transpose1d(
-            dz.transpose(1, 2),
-            conv_weight(matrix, geometry),
-            stride=geometry.stride,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-        )
-        # the transposed convolution starts in the padding and may stop before the last input frame
-        dx = channel_last(F.pad(dx, (-left, T + left - dx.shape[2])))
-    if lengths is not None or not dx.is_contiguous():
-        dx = copy_frames_triton(dx, lengths, Geometry(1), pad=False)
-    return channel_first(dx)
-
-
-def _finish(z: Tensor, residual: Tensor | None, epilogue: str | None) -> Tensor:
-    """``epilogue(z) + residual`` in one pass: [M, N_out] of z [M, N]."""
-    residual = None if residual is None else residual.flatten(0, 1)
-    return finish_triton(z[None], None, None, None, residual, epilogue, z.dtype)
+            dz.mT, conv_weight(matrix, geometry),
+            stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups,
+        )  # fmt: skip
+        # the transposed convolution may stop before the last input frame
+        dx = F.pad(dx, (0, T_padded - dx.shape[2])).mT
+    return channel_first(unpadded_gradient(dx, lengths, geometry, T))

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit_kernels.checks import check_dtype, check_like
+from lowbit_kernels.checks import check_dtype, check_lengths, check_like
 from lowbit_kernels.conv1d.geometry import Geometry, Padding, resolve_padding
 from lowbit_kernels.conv1d.reference import mask_frames
 from lowbit_kernels.cpu import conv1d_cpu
 from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
 from lowbit_kernels.matmul.reference import apply_epilogue, int8_scale, quantize_rows
-from lowbit_kernels.norm.checks import check_activation, check_lengths, check_parameter
+from lowbit_kernels.norm.checks import check_activation, check_parameter
 
 # channels that one program of the GPU's kernel holds, where the end needs all of a frame
 MAX_CHANNELS = 2048

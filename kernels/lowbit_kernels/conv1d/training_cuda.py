@@ -4,24 +4,23 @@ Dimension key: B batch, C input channels, N output channels, T input frames, T_o
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit_kernels.conv1d.cuda import convolve_dense, padded_frames, unpadded_gradient
 from lowbit_kernels.conv1d.geometry import Geometry
 from lowbit_kernels.conv1d.kernels.depthwise import (
     depthwise_conv1d_dx_triton,
     depthwise_conv1d_triton,
 )
 from lowbit_kernels.conv1d.kernels.depthwise_dw import depthwise_conv1d_dw_triton
-from lowbit_kernels.conv1d.kernels.frames import copy_frames_triton
 from lowbit_kernels.conv1d.kernels.grouped import (
     grouped_conv1d_dw_triton,
     grouped_conv1d_dx_triton,
     grouped_conv1d_triton,
 )
 from lowbit_kernels.conv1d.layout import channel_last
-from lowbit_kernels.conv1d.reference import conv_weight, convolution_gradients
-from lowbit_kernels.conv1d.runs import conv1d_by_runs, conv1d_dw_by_runs, conv1d_dx_by_runs
+from lowbit_kernels.conv1d.reference import convolution_gradients
+from lowbit_kernels.conv1d.runs import conv1d_dw_by_runs, conv1d_dx_by_runs
 from lowbit_kernels.fake_quant.linear_cuda import preactivation_gradient_cuda
 from lowbit_kernels.matmul.epilogue_kernel import finish_triton
 
@@ -45,22 +44,6 @@ def choose_training_kernel(C: int, N: int, geometry: Geometry, dtype: torch.dtyp
     if geometry.groups > 1:
         return "grouped"
     return "runs" if geometry.stride * C % _ALIGNED == 0 else "torch"
-
-
-def _padded(x: Tensor, lengths: Tensor | None, geometry: Geometry) -> Tensor:
-    """Frames [B, T, C], adjacent in memory, with their padding and without what is invalid."""
-    x = channel_last(x)
-    if geometry.left or geometry.right or lengths is not None or x.stride(1) != x.shape[2]:
-        return copy_frames_triton(x, lengths, geometry, pad=True)
-    return x
-
-
-def _unpadded(dx: Tensor, lengths: Tensor | None, geometry: Geometry, T: int) -> Tensor:
-    """The gradient [B, T, C] of frames from that of padded ones."""
-    dx = dx.narrow(1, geometry.left, T)
-    if lengths is None:
-        return dx
-    return copy_frames_triton(channel_last(dx.mT), lengths, Geometry(1), pad=False)
 
 
 def training_conv1d_cuda(
@@ -95,12 +78,9 @@ def training_conv1d_cuda(
         z, bias = y, None
     elif kernel == "grouped":
         z, bias = grouped_conv1d_triton(channel_last(x), rounded, bias, lengths, geometry), None
-    elif kernel == "runs":
-        z = conv1d_by_runs(_padded(x, lengths, geometry), rounded, None, geometry)
     else:
-        options = {name: getattr(geometry, name) for name in ("stride", "dilation", "groups")}
-        frames = _padded(x, lengths, geometry).mT
-        z = F.conv1d(frames, conv_weight(rounded, geometry), **options).mT.contiguous()
+        frames = padded_frames(channel_last(x), lengths, geometry)
+        z = convolve_dense(frames, rounded, None, geometry, kernel == "runs")
     if bias is None and epilogue is None and residual is None:
         return z, z
     parts, rows = z.flatten(0, 1)[None], None if residual is None else residual.flatten(0, 1)
@@ -152,13 +132,13 @@ def training_gradients_cuda(
         if needs_weight:
             dweight = grouped_conv1d_dw_triton(dz, channel_last(x), lengths, geometry)
         return dx, dweight, dbias
+    frames = padded_frames(channel_last(x), lengths, geometry)
     if kernel == "runs":
         if needs_weight:
-            dweight = conv1d_dw_by_runs(dz, _padded(x, lengths, geometry), geometry)
+            dweight = conv1d_dw_by_runs(dz, frames, geometry)
         if needs_x:
-            dx = conv1d_dx_by_runs(dz, rounded, geometry, T + geometry.left + geometry.right)
+            dx = conv1d_dx_by_runs(dz, rounded, geometry, frames.shape[1])
     else:
-        frames = _padded(x, lengths, geometry).mT
-        dx, dweight = convolution_gradients(dz.mT, frames, rounded, geometry, needs[:2])
+        dx, dweight = convolution_gradients(dz.mT, frames.mT, rounded, geometry, needs[:2])
         dx = dx.mT if needs_x else dx
-    return _unpadded(dx, lengths, geometry, T) if needs_x else dx, dweight, dbias
+    return unpadded_gradient(dx, lengths, geometry, T) if needs_x else dx, dweight, dbias

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_kernels.checks import autocast, check_dtype, check_epilogue, check_like
-from lowbit_kernels.conv1d.checks import check_lengths, make_geometry
+from lowbit_kernels.checks import autocast, check_dtype, check_epilogue, check_lengths, check_like
+from lowbit_kernels.conv1d.checks import make_geometry
 from lowbit_kernels.conv1d.geometry import Geometry, Padding
 from lowbit_kernels.conv1d.layout import channel_first, empty_channel_last
 from lowbit_kernels.conv1d.reference import (

@@ -5,14 +5,13 @@ from lowbit_kernels.modules.base import QuantizedModule, check_spec
 from lowbit_kernels.modules.batch_norm import MaskedBatchNorm1d
 from lowbit_kernels.modules.conv1d import QConv1d, folded_weight, takes_offset
 from lowbit_kernels.modules.conv_module import ConvolutionModule
-from lowbit_kernels.modules.folded import FoldedFeedForward, FoldedLinear
+from lowbit_kernels.modules.folded import FoldedLinear
 from lowbit_kernels.modules.linear import QLinear
 from lowbit_kernels.modules.qat import QATConv1d, QATLinear
 from lowbit_kernels.modules.qat_base import QATModule, check_qat
 
 __all__ = [
     "ConvolutionModule",
-    "FoldedFeedForward",
     "FoldedLinear",
     "MaskedBatchNorm1d",
     "QATConv1d",

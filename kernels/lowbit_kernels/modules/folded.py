@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec, quantize_weight
-from lowbit_kernels.matmul import low_bit_linear_normed, low_bit_linear_with_stats
+from lowbit_kernels.matmul import low_bit_linear_normed
 from lowbit_kernels.modules.base import QuantizedModule, check_spec
-from lowbit_kernels.modules.linear import QLinear
 
 
 class FoldedLinear(QuantizedModule):
@@ -109,32 +108,3 @@ class FoldedLinear(QuantizedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"eps={self.eps}, {self.spec}"
         )
-
-
-class FoldedFeedForward(nn.Module):
-    """``h + second(activation(first(norm(h))))`` in two products and no other pass over h.
-
-    Args:
-        first: with the norm folded into it.
-        second: back to the width of h.
-        activation: between them, an ``epilogue`` of ``low_bit_linear``.
-    """
-
-    def __init__(self, first: FoldedLinear, second: QLinear, activation: str = "gelu") -> None:
-        super().__init__()
-        self.first, self.second, self.activation = first, second, activation
-
-    def forward(self, h: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's result, and its statistics for the next block.
-
-        Args:
-            h: [..., K], fp16 or bf16.
-            stats: [S, 2, M] fp32, ``row_statistics`` of h.
-
-        Returns:
-            h: [..., K].
-            stats: [S, 2, M] fp32.
-        """
-        inner = self.first(h, stats, epilogue=self.activation)
-        second = self.second
-        return low_bit_linear_with_stats(inner, second.quantized_weight(), second.bias, residual=h)

@@ -4,7 +4,7 @@ Dimension key: any leading dimensions, together M rows; N features of the output
 has 2 N with ``glu``.
 """
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,33 +98,13 @@ torch.library.register_autograd(
 )
 
 
-@overload
-def activation_quantize(
-    x: Tensor,
-    activation: str,
-    *,
-    scale: Tensor | None = None,
-    return_dequantized: Literal[False] = False,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def activation_quantize(
-    x: Tensor,
-    activation: str,
-    *,
-    scale: Tensor | None = None,
-    return_dequantized: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
 def activation_quantize(
     x: Tensor,
     activation: str,
     *,
     scale: Tensor | None = None,
     return_dequantized: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Apply an activation and quantize each row to int8, in one pass.
 
     Equivalent to ``y = F.gelu(x)`` (or another activation) in fp32, and then what a low-bit linear

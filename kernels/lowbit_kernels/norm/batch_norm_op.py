@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_kernels.checks import check_dtype, check_like
+from lowbit_kernels.checks import check_dtype, check_lengths, check_like
 from lowbit_kernels.device import implement_on_cuda
-from lowbit_kernels.norm.checks import check_activation, check_lengths, check_parameter
+from lowbit_kernels.norm.checks import check_activation, check_parameter
 from lowbit_kernels.norm.levels import empty_channels
 from lowbit_kernels.norm.reference import (
     channel_moments,

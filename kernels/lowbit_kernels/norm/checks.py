@@ -29,19 +29,6 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
-def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
-    """Refuse lengths that are not [B], integers, on x's device."""
-    if lengths is None:
-        return
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"lengths must be int32 or int64, got {lengths.dtype}")
-    if lengths.shape != x.shape[:1] or lengths.device != x.device:
-        raise ValueError(
-            f"lengths must be [{x.shape[0]}] on {x.device}, "
-            f"got {list(lengths.shape)} on {lengths.device}"
-        )
-
-
 def check_scale(scale: Tensor | None, x: Tensor) -> None:
     """Refuse a static scale that is not one fp32 number on x's device."""
     if scale is not None and (

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_kernels.checks import check_dtype
+from lowbit_kernels.checks import check_dtype, check_lengths
 from lowbit_kernels.cpu import group_norm_backward_cpu, group_norm_cpu
 from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.matmul.reference import apply_epilogue
-from lowbit_kernels.norm.checks import check_activation, check_lengths, check_parameter
+from lowbit_kernels.norm.checks import check_activation, check_parameter
 from lowbit_kernels.norm.levels import empty_channels, is_channel_last
 from lowbit_kernels.norm.reference import (
     group_norm_backward,

@@ -3,12 +3,12 @@
 Dimension key: any leading dimensions, together M rows; N features.
 """
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_kernels.checks import check_dtype, check_like
+from lowbit_kernels.checks import check_dtype, check_lengths, check_like
 from lowbit_kernels.cpu import norm_quantize_cpu
 from lowbit_kernels.device import implement_on_cuda
 from lowbit_kernels.matmul.reference import (
@@ -18,7 +18,6 @@ from lowbit_kernels.matmul.reference import (
 )
 from lowbit_kernels.norm.checks import (
     check_activation,
-    check_lengths,
     check_parameter,
     check_scale,
 )
@@ -139,36 +138,6 @@ def _backward(
 torch.library.register_autograd("lowbit::norm_quantize", _backward, setup_context=_setup_context)
 
 
-@overload
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    residual: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    lengths: Tensor | None = None,
-    scale: Tensor | None = None,
-    return_dequantized: Literal[False] = False,
-) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-@overload
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    residual: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    lengths: Tensor | None = None,
-    scale: Tensor | None = None,
-    return_dequantized: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-
-
 def norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -180,7 +149,7 @@ def norm_quantize(
     lengths: Tensor | None = None,
     scale: Tensor | None = None,
     return_dequantized: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Add a residual, apply LayerNorm and an activation, quantize each row to int8, in one pass.
 
     Equivalent to ``h = x + residual; y = act(F.layer_norm(h, (N,), weight, bias, eps))`` in fp32,
