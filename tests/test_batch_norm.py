@@ -1,4 +1,4 @@
-"""masked_batch_norm and MaskedBatchNorm1d: kernels, gradients, running statistics, processes."""
+"""masked_batch_norm and what trains with it: kernels, gradients, running statistics, processes."""
 
 import copy
 import datetime
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowbit_kernels.matmul.reference import apply_epilogue
-from lowbit_kernels.modules import MaskedBatchNorm1d
+from lowbit_kernels.modules.batch_norm import normalize_frames
 from lowbit_kernels.norm import batch_norm_op, masked_batch_norm
 from lowbit_kernels.norm.channel_kernel import (
     CHUNK,
@@ -140,11 +140,12 @@ def test_op_is_registered_correctly(permuted, device):
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)])
 def test_without_frames_nothing_moves(shape, device):
-    norm = MaskedBatchNorm1d(4, device=device)
+    norm = nn.BatchNorm1d(4, device=device)
     x = torch.randn(shape, device=device, requires_grad=True)
-    norm(x).sum().backward()
+    normalize_frames(norm, x, None, None).sum().backward()
     assert x.grad.shape == shape
-    assert norm(torch.randn(2, 4, 3, device=device), torch.zeros(2, dtype=torch.int64)).eq(0).all()
+    nothing = torch.zeros(2, dtype=torch.int64, device=device)
+    assert normalize_frames(norm, torch.randn(2, 4, 3, device=device), nothing, None).eq(0).all()
     assert norm.running_mean.eq(0).all()
     assert norm.running_var.eq(1).all()
     lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
@@ -163,43 +164,40 @@ def assert_same_buffers(norm, expected):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
-def test_module_is_batch_norm_where_nothing_is_padded(options, momentum, device):
+def test_it_is_batch_norm_where_nothing_is_padded(options, momentum, device):
     stock = nn.BatchNorm1d(6, momentum=momentum, device=device, **options)
     if stock.affine:
         nn.init.normal_(stock.weight)
-    norm = MaskedBatchNorm1d.from_float(copy.deepcopy(stock))
-    assert norm.state_dict().keys() == stock.state_dict().keys()
+    norm = copy.deepcopy(stock)
     stock.double()
-    for shape in ((3, 6, 7), (5, 6)):
-        x = torch.randn(*shape, device=device) + 2
+    for _ in range(2):
+        x = torch.randn(3, 6, 7, device=device) + 2
         low = copy.deepcopy(stock).float()(x)
-        assert_as_accurate(norm(x), low, stock(x.double()))
+        assert_as_accurate(normalize_frames(norm, x, None, None), low, stock(x.double()))
     assert_same_buffers(norm, stock)
-    x = torch.randn(3, 6, 7, device=device)
-    low = copy.deepcopy(stock).float().eval()(x)
-    assert_as_accurate(norm.eval()(x), low, stock.eval()(x.double()))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_module_ignores_padding(training, device):
-    norm = MaskedBatchNorm1d(6, activation="silu", device=device).train(training)
+def test_padding_is_ignored(device):
+    norm = nn.BatchNorm1d(6, device=device)
     x = torch.randn(2, 6, 9, device=device)
     lengths = torch.tensor([9, 4], device=device)
     whole = copy.deepcopy(norm)
-    y = norm(x.masked_fill(torch.arange(9, device=device) >= lengths[:, None, None], 7), lengths)
+    padded = x.masked_fill(torch.arange(9, device=device) >= lengths[:, None, None], 7)
+    y = normalize_frames(norm, padded, lengths, "silu")
     joined = torch.cat((x[0], x[1, :, :4]), 1)[None]
-    alone = whole(joined)
+    alone = F.silu(whole(joined))
     assert_as_accurate(torch.cat((y[0], y[1, :, :4]), 1)[None], alone, alone.double())
     assert (y[1, :, 4:] == 0).all()
     assert_same_buffers(norm, whole.double())
 
 
 def test_compiles_to_one_graph_and_trains(device):
-    norm = MaskedBatchNorm1d(4, activation="silu", device=device)
+    norm = nn.BatchNorm1d(4, device=device)
     plain = copy.deepcopy(norm)
     x, lengths = torch.randn(2, 4, 9, device=device), torch.tensor([9, 4], device=device)
-    y = torch.compile(norm, fullgraph=True, backend="aot_eager")(x, lengths)
-    wanted = plain(x, lengths)
+    compiled = torch.compile(normalize_frames, fullgraph=True, backend="aot_eager")
+    y = compiled(norm, x, lengths, "silu")
+    wanted = normalize_frames(plain, x, lengths, "silu")
     y.square().sum().backward()
     wanted.square().sum().backward()
     assert torch.equal(y, wanted)
@@ -217,10 +215,9 @@ def _process(rank, path, results):
         "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
     torch.set_num_threads(1)
-    stock = nn.SyncBatchNorm(5)
-    norm = MaskedBatchNorm1d.from_float(stock, activation="silu")
+    norm = nn.SyncBatchNorm(5)
     x = _shared_input()[2 * rank : 2 * rank + 2].requires_grad_()
-    y = norm(x, torch.tensor(FRAMES[rank]))
+    y = normalize_frames(norm, x, torch.tensor(FRAMES[rank]), "silu")
     y.square().sum().backward()
     results[rank] = [
         t.detach() for t in (y, x.grad, norm.weight.grad, norm.bias.grad, norm.running_var)
@@ -238,12 +235,11 @@ def test_two_processes_are_one_batch(tmp_path):
         results = manager.dict()
         mp.spawn(_process, (str(tmp_path / "store"), results), nprocs=2)
         parts = [results[rank] for rank in range(2)]
-    norm, low_norm = MaskedBatchNorm1d(5, activation="silu").double(), MaskedBatchNorm1d(5)
-    low_norm.activation = "silu"
     wanted = []
-    for module, dtype in ((low_norm, torch.float32), (norm, torch.float64)):
+    for dtype in (torch.float32, torch.float64):
+        module = nn.BatchNorm1d(5).to(dtype)
         x = _shared_input().to(dtype).requires_grad_()
-        y = module(x, torch.tensor(FRAMES).flatten())
+        y = normalize_frames(module, x, torch.tensor(FRAMES).flatten(), "silu")
         y.square().sum().backward()
         wanted.append(
             [y.detach(), x.grad, module.weight.grad, module.bias.grad, module.running_var]

@@ -4,13 +4,10 @@ Dimension key: B batch, T frames, M rows, N output features, K input features, C
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from triton.runtime import interpreter
 
 from lowbit_kernels import QConv1d, QLinear, QuantConfig, QuantSpec, flash_attention, quantize
 from lowbit_kernels.conv1d import Geometry, low_bit_conv1d
@@ -22,6 +19,7 @@ from lowbit_kernels.matmul import cuda as cuda_linear
 from lowbit_kernels.matmul.dispatch import Gpu, choose_backend, choose_config
 from lowbit_kernels.norm import masked_group_norm, norm_quantize
 from tests.conv1d_cases import CASES, EPILOGUES, keywords, make_inputs
+from tests.interpreter_memory import round_products_alike
 from tests.linear_cases import SPECS
 
 HUGGING_FACE = "lowbit_kernels.integrations.huggingface_config"
@@ -30,9 +28,8 @@ GPU = Gpu("a small GPU", (9, 0), 4, 227 * 1024)
 FIXED = {name: replace(spec, deterministic=True) for name, spec in SPECS.items()}
 INT8 = {
     f"w{bits}-int8-{kind}": QuantSpec(bits, inputs="int8", input_scale=kind, deterministic=True)
-    for bits in (1, 2, 4, 8)
-    for kind in ("token", "utterance", "static")
-}
+    for bits in (1, 2, 4, 8) for kind in ("token", "utterance", "static")
+}  # fmt: skip
 float_specs = pytest.mark.parametrize("spec", FIXED.values(), ids=FIXED)
 all_specs = pytest.mark.parametrize("spec", (FIXED | INT8).values(), ids=FIXED | INT8)
 W4 = FIXED["w4g64"]
@@ -84,15 +81,14 @@ def test_it_reaches_every_layer_of_a_model():
 def test_hugging_face_configs_carry_it(preset):
     LowbitConfig = pytest.importorskip(HUGGING_FACE).LowbitConfig
     config = LowbitConfig(bits=8, preset=preset, deterministic=True)
-    again = LowbitConfig.from_dict(config.to_dict())
-    assert again.quant_config.default == config.quant_config.default
-    assert again.quant_config.default.deterministic
+    again = LowbitConfig.from_dict(config.to_dict()).quant_config.default
+    assert (again, again.deterministic) == (config.quant_config.default, True)
 
 
 def test_a_config_without_the_field_is_not_deterministic():
     LowbitConfig = pytest.importorskip(HUGGING_FACE).LowbitConfig
     saved = LowbitConfig(bits=8).to_dict()
-    del saved["config"]["default"]["deterministic"]
+    saved["config"]["default"].pop("deterministic")
     assert LowbitConfig.from_dict(saved).quant_config.default == QuantSpec(8)
 
 
@@ -119,19 +115,11 @@ def test_float32_products_on_cuda_are_refused():
 
 @pytest.fixture
 def small_gpu(monkeypatch, device):
-    """The CUDA path where few multiprocessors make the splits follow the rows.
-
-    numpy rounds a product by its place in the tile, which no matrix unit does: so in fp64.
-    """
+    """The CUDA path where few multiprocessors make the splits follow the rows."""
     if device == "cpu":
-
-        def product(a, b, dtype):
-            return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
-
-        wide = SimpleNamespace(**vars(np) | {"matmul": product})
-        monkeypatch.setattr(interpreter, "np", wide)
-    monkeypatch.setattr(cuda_linear, "gpu_of", lambda device: GPU)
-    monkeypatch.setattr(cuda_conv, "gpu_of", lambda device: GPU)
+        round_products_alike(monkeypatch)
+    for module in (cuda_linear, cuda_conv):
+        monkeypatch.setattr(module, "gpu_of", lambda device: GPU)
     return device
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_kernels.formats import QuantizedWeight
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EPILOGUES = (None, "gelu", "gelu_tanh", "silu", "relu", "glu")
 
@@ -27,6 +29,19 @@ def check_input(x: Tensor, K: int, weight: Tensor) -> None:
         raise ValueError(f"x must be [..., K] with K = {K}, got shape {list(x.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+
+
+def check_weight_inputs(weight: QuantizedWeight, served: tuple[str | None, ...]) -> None:
+    """Refuse a weight whose inputs are quantized in a way that is not served."""
+    spec = weight.spec
+    if spec.inputs not in served:
+        raise NotImplementedError(f"inputs must be one of {served} so far, got {spec.inputs!r}")
+    if spec.inputs and spec.input_scale == "static" and weight.input_scale is None:
+        raise ValueError("weight.input_scale must be a tensor with a static scale, got None")
+    if spec.inputs == "int8" and weight.K > MAX_K_INT8:
+        raise ValueError(
+            f"K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
+        )
 
 
 def check_epilogue(epilogue: str | None, N: int) -> None:

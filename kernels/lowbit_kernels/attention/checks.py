@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention.position import DenseBias
-from lowbit_kernels.checks import check_dtype
+from lowbit_kernels.checks import check_dtype, check_lengths
 
 MAX_HEAD_DIM = 256
 
@@ -53,11 +53,7 @@ def check_options(
                 f"lengths must be an int32 or int64 tensor (one length an utterance; other masks "
                 f"are served by F.scaled_dot_product_attention), got {got}"
             )
-        if lengths.shape != q.shape[:1] or lengths.device != q.device:
-            raise ValueError(
-                f"lengths must be [{q.shape[0]}] on {q.device}, "
-                f"got {list(lengths.shape)} on {lengths.device}"
-            )
+        check_lengths(lengths, q)
     if window is not None and (type(window) is bool or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an int >= 0 (frames each side) or None, got {window}")
     # math.isfinite cannot be traced with a scale that torch.compile made symbolic

@@ -2,7 +2,13 @@
 
 from torch import Tensor
 
-from lowbit_kernels.checks import MAX_K_INT8, check_dtype, check_epilogue, check_lengths, check_like
+from lowbit_kernels.checks import (
+    check_dtype,
+    check_epilogue,
+    check_lengths,
+    check_like,
+    check_weight_inputs,
+)
 from lowbit_kernels.conv1d.geometry import Geometry, Padding, resolve_padding
 from lowbit_kernels.formats import QuantizedWeight
 
@@ -57,20 +63,13 @@ def check_tensors(
     geometry: Geometry,
     epilogue: str | None,
 ) -> None:
-    spec, N = weight.spec, weight.N
-    if spec.inputs not in (None, "int8"):
-        raise NotImplementedError(f"conv1d serves inputs None and 'int8', got {spec.inputs!r}")
+    N = weight.N
+    check_weight_inputs(weight, (None, "int8"))
     check_dtype("x", x)
     check_epilogue(epilogue, N)
     if weight.qweight.device != x.device:
         raise ValueError(
             f"x and weight must share a device, got {x.device} and {weight.qweight.device}"
-        )
-    if spec.inputs == "int8" and spec.input_scale == "static" and weight.input_scale is None:
-        raise ValueError("a static input scale needs weight.input_scale, got None")
-    if spec.inputs == "int8" and weight.K > MAX_K_INT8:
-        raise ValueError(
-            f"weight.K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
         )
     B, T_out = x.shape[0], geometry.frames_out(x.shape[2])
     N_out = N // 2 if epilogue == "glu" else N

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.class_swap import Swapped, is_stock, swap_class
-from lowbit_kernels.modules.batch_norm import normalize_frames, shared_by
+from lowbit_kernels.modules.batch_norm import normalize_frames
 from lowbit_kernels.modules.conv_module import convolve, fuses_convolution
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
@@ -69,11 +69,7 @@ class MaskedConvolutionModule(Swapped):
         if mask is not None:
             x, lengths = x.masked_fill(~mask[:, None], 0), mask.sum(1)
         x = self.depthwise_conv(x)
-        if trains:
-            group = shared_by(norm) if isinstance(norm, nn.SyncBatchNorm) else None
-            x = normalize_frames(norm, x, lengths, epilogue, group)
-        else:
-            x = self.activation(norm(x))
+        x = normalize_frames(norm, x, lengths, epilogue) if trains else self.activation(norm(x))
         out: Tensor = self.dropout(self.pointwise_conv2(x)).transpose(1, 2)
         return out
 

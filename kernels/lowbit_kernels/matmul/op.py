@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.checks import (
-    MAX_K_INT8,
     autocast,
     check_dtype,
     check_epilogue,
     check_input,
     check_like,
+    check_weight_inputs,
     output_shape,
 )
 from lowbit_kernels.cpu.linear import linear_cpu
@@ -236,16 +236,7 @@ def check_weight(weight: QuantizedWeight, epilogue: str | None) -> None:
             "weight must be packed [N, K], got a depthwise convolution's "
             f"{list(weight.qweight.shape)} levels (low_bit_conv1d takes them)"
         )
-    spec = weight.spec
-    if spec.inputs not in INPUTS:
-        raise NotImplementedError(f"inputs must be one of {INPUTS} so far, got {spec.inputs!r}")
-    if spec.inputs is not None:
-        if spec.input_scale == "static" and weight.input_scale is None:
-            raise ValueError("weight.input_scale must be a tensor with a static scale, got None")
-        if spec.inputs == "int8" and weight.K > MAX_K_INT8:
-            raise ValueError(
-                f"K must be at most {MAX_K_INT8} with int8 inputs (int32 sums), got {weight.K}"
-            )
+    check_weight_inputs(weight, INPUTS)
     check_epilogue(epilogue, weight.qweight.shape[0])
 
 

@@ -2,7 +2,6 @@
 
 from lowbit_kernels.modules.attention import QAttention
 from lowbit_kernels.modules.base import QuantizedModule, check_spec
-from lowbit_kernels.modules.batch_norm import MaskedBatchNorm1d
 from lowbit_kernels.modules.conv1d import QConv1d, folded_weight, takes_offset
 from lowbit_kernels.modules.conv_module import ConvolutionModule
 from lowbit_kernels.modules.folded import FoldedLinear
@@ -13,7 +12,6 @@ from lowbit_kernels.modules.qat_base import QATModule, check_qat
 __all__ = [
     "ConvolutionModule",
     "FoldedLinear",
-    "MaskedBatchNorm1d",
     "QATConv1d",
     "QATLinear",
     "QATModule",
