@@ -280,8 +280,8 @@ def test_the_microbenchmarks_cover_every_op_in_both_directions_at_three_sizes():
     assert len(IDS) == len(set(IDS)) >= 40
     ops = {op.partition("-")[0] for op, *_ in IDS}
     assert ops == {
-        "linear", "conv1d", "flash_attention", "masked_group_norm", "norm_quantize",
-        "activation_quantize", "fake_quantize",
+        "linear", "conv1d", "flash_attention", "masked_group_norm", "masked_batch_norm",
+        "norm_quantize", "norm_activation", "activation_quantize", "fake_quantize",
     }  # fmt: skip
     groups = {}
     for op, direction, size, provider in IDS:

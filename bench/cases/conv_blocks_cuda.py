@@ -74,6 +74,10 @@ PARTS: dict[Callable[[str], nn.Module], str] = {
     positional: "encoder.pos_conv_embed",
     conv_module: "encoder.layers.0.conv_module",
 }
+ORIGINS = {
+    "tiny": "a tiny model", "base": "wav2vec2-base", "large": "wav2vec2-large",
+    "data2vec": "data2vec-audio-base", "C512": "conformer-L", "C1024": "wav2vec2-conformer-large",
+}  # fmt: skip
 SIZES = {"tiny": 0, "base": 1, "large": 2, "data2vec": 3, "C512": 4, "C1024": 5}
 
 
@@ -204,7 +208,7 @@ def _point(size: str, B: int, seconds: float, backward: bool, *goals: Goal) -> P
         "size": SIZES[size],
         "backward": int(backward),
     }
-    return Point(name, sizes, size, goals)
+    return Point(name, sizes, ORIGINS[size], goals)
 
 
 def _goals(ours: tuple[str, ...], *goals: tuple[float, float, str]) -> tuple[Goal, ...]:
