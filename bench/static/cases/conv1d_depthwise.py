@@ -89,7 +89,6 @@ CASES = [
     depthwise("k31_norm_few", 31, C=1024, norm=True, many=False),
     depthwise("k31_norm_int8", 31, norm=True, int8_rows=True, many=False),
     depthwise("k31_to_int8", 31, C=1024, int8_rows=True),
-    depthwise("k31_C2048", 31, C=2048, norm=True, int8_rows=True, many=False),
     weight_gradient("k31_dw", 31),
     weight_gradient("k5_stride2_dw", 5, stride=2),
 ]

@@ -20,7 +20,7 @@ from lowbit_kernels.matmul.reference import apply_epilogue, int8_scale, quantize
 from lowbit_kernels.norm.checks import check_activation, check_parameter
 
 # channels that one program of the GPU's kernel holds, where the end needs all of a frame
-MAX_CHANNELS = 2048
+MAX_CHANNELS = 1024
 
 torch.library.define(
     "lowbit::depthwise_conv1d_norm",
@@ -165,7 +165,7 @@ def depthwise_conv1d_norm(
 
     Raises:
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
-        NotImplementedError: on a GPU, for ``norm`` or ``int8_rows`` with more than 2048 channels.
+        NotImplementedError: on a GPU, for ``norm`` or ``int8_rows`` with more than 1024 channels.
         RuntimeError: where a gradient is asked for.
     """
     quantized = isinstance(weight, QuantizedWeight)

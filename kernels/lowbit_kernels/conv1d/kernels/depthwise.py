@@ -311,7 +311,6 @@ def run_tile(C: int, vec: int, many: bool) -> tuple[int, int, int, int]:
 
 
 def frame_tile(C: int, many: bool) -> tuple[int, int, int, int]:
-    """The same of a pass that needs all channels of its frames: 4 a lane, 8 of many channels."""
+    """The same of a pass that needs all of its frames' channels, at most 1024: 4 a lane."""
     block = max(128, triton.next_power_of_2(C))
-    # of more than 1024 channels 16 frames would not stay in registers
-    return block, block, 4 if many and block <= 1024 else 3, min(8, block // 128)
+    return block, block, 4 if many else 3, block // 128
