@@ -62,7 +62,7 @@ def test_programs_do_several_tiles(device, launches, monkeypatch):
     y, _ = linear_triton(args[0][None], *args[1:], "gelu", CONFIG)
     other, _ = linear_triton(args[0][None], *args[1:], "gelu", replace(CONFIG, persistent=False))
     assert torch.equal(y, other)
-    assert device == "cuda" or launches == [(1, 1)]
+    assert device == "cuda" or launches == [(1, 1, 1)]
     kernel._plan.cache_clear()
 
 

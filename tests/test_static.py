@@ -225,8 +225,12 @@ def test_matrix_rates_are_those_of_the_data_sheets(target, peak):
     assert GPUS[target].flop_per_s == pytest.approx(peak, rel=0.02)
 
 
-def launched_kernels():
-    """The name of every ``triton.jit`` function of the package that no other one calls."""
+# by copies that other targets have no unit for
+HOPPER_ONLY = {"_linear_persistent_kernel"}
+
+
+def launched_kernels(target):
+    """The name of every ``triton.jit`` function for a target that no other one calls."""
     package = Path(lowbit_kernels.__file__).parent
     kernels, called = set(), set()
     for path in package.rglob("*.py"):
@@ -236,14 +240,14 @@ def launched_kernels():
                 kernels.add(node.name)
                 calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
                 called |= {call.id for call in calls if isinstance(call, ast.Name)}
-    return kernels - called
+    return kernels - called - (set() if target == "sm_90" else HOPPER_ONLY)
 
 
 @pytest.mark.parametrize("target", GPUS)
 def test_every_launched_kernel_has_a_case(target):
-    assert launched_kernels() >= {"_linear_kernel", "_flash_attention_fwd_kernel"}
+    assert launched_kernels(target) >= {"_linear_kernel", "_flash_attention_fwd_kernel"}
     compiled = {case.kernel().fn.__name__ for case in load_cases(target)}
-    assert launched_kernels() - compiled == set()
+    assert launched_kernels(target) - compiled == set()
 
 
 def kept_tables():
@@ -261,7 +265,7 @@ def test_tables_of_every_target_and_triton_are_kept():
     "kept", kept_tables(), ids=lambda kept: f"{kept['triton']}-{kept['target']}"
 )
 def test_kept_tables_name_every_kernel_and_break_no_rule(kept):
-    assert launched_kernels() - {row["kernel"] for row in kept["kernels"]} == set()
+    assert launched_kernels(kept["target"]) - {row["kernel"] for row in kept["kernels"]} == set()
     assert {row["name"] for row in kept["kernels"]} == {c.name for c in load_cases(kept["target"])}
     problems = {row["name"]: row["problems"] for row in kept["kernels"] if row["problems"]}
     assert not problems
