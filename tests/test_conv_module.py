@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowbit_kernels import QuantConfig, dequantize, quantize
+from lowbit_kernels.conv1d import quantize_utterances
 from lowbit_kernels.conversion.convert import adapt
 from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.matmul.reference import int8_scale, quantize_rows
 from lowbit_kernels.modules.conv_module import ConvolutionModule
 from lowbit_kernels.testing import assert_as_accurate
 
@@ -27,6 +30,19 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.ops[str(func).removesuffix(".default")] += 1
         return func(*args, **(kwargs or {}))
+
+
+def int8_rows(h):
+    """h [B, T, C] rounded to int8, one scale a frame."""
+    rows = h.flatten(0, 1).float()
+    scale = int8_scale(rows.abs().amax(-1))
+    return (quantize_rows(rows, scale) * scale[:, None]).view(h.shape).to(h.dtype)
+
+
+def int8_utterances(h):
+    """h [B, C, T] rounded to int8, one scale an utterance."""
+    q, scale = quantize_utterances(h)
+    return (q * scale[:, None, None]).to(h.dtype)
 
 
 def make(spec, norm="batch", causal=False, dtype=torch.float32, device="cpu", C=24, taps=7):
@@ -49,19 +65,22 @@ def make(spec, norm="batch", causal=False, dtype=torch.float32, device="cpu", C=
         first, convs[0], convs[1], end, "silu", convs[2], spec, causal=causal
     ).to(device, dtype)
 
-    def reference(x, lengths, wide):
+    def reference(x, lengths, wide, int8=False):
+        rows, utterances = (int8_rows, int8_utterances) if int8 else (lambda h: h,) * 2
         parts = copy.deepcopy(module).to(wide)
         weights = [
             getattr(parts, f"{name}_conv{i}").to_float().to(wide)
             for name, i in (("pointwise", 1), ("depthwise", ""), ("pointwise", 2))
         ]
-        h = F.glu(weights[0](parts.layer_norm(x.to(wide)).transpose(1, 2)), 1)
+        h = F.glu(weights[0](rows(parts.layer_norm(x.to(wide))).transpose(1, 2)), 1)
         if lengths is not None:
             h = h * (torch.arange(x.shape[1], device=device) < lengths[:, None])[:, None]
+        h = utterances(h)
         pad = (taps - 1, 0) if causal else (taps // 2, taps // 2)
         h = F.conv1d(F.pad(h, pad), weights[1].weight, weights[1].bias, groups=C)
         h = parts.norm(h) if norm == "batch" else parts.norm(h.transpose(1, 2)).transpose(1, 2)
-        return weights[2](F.silu(h)).transpose(1, 2) + x.to(wide)
+        h = rows(F.silu(h).transpose(1, 2)).transpose(1, 2)
+        return weights[2](h).transpose(1, 2) + x.to(wide)
 
     return module, reference
 
@@ -83,10 +102,8 @@ def test_it_is_as_accurate_as_its_parts(norm, causal):
 def test_int8_inputs_cost_what_their_bits_do(spec, norm):
     module, reference = make(spec, norm)
     x = torch.randn(2, 13, 24)
-    y, exact = module(x, residual=x), reference(x, None, torch.float64)
-    sqnr = 10 * torch.log10(exact.square().sum() / (y - exact).square().sum())
-    # three products of int8 inputs: 40 dB each at the least
-    assert sqnr > 33
+    rounded = reference(x, None, torch.float32, int8=True)
+    assert_as_accurate(module(x, residual=x), rounded, reference(x, None, torch.float64))
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
@@ -174,8 +191,6 @@ def test_real_shapes(dtype, norm):
     assert_as_accurate(y, low, high)
 
 
-# of the sum of squares; an integer may round the other way, where the input is one
-ROUNDING = {"small": 1e-6, "fast": 1e-3}
 FAMILIES = {
     "conformer-relative": ("conv_module", ("batch_norm",)),
     "conformer-rotary": ("conv_module", ("batch_norm",)),
@@ -184,10 +199,18 @@ FAMILIES = {
 }
 
 
+def exactly(model):
+    """The model with the weights that its integers stand for, in fp64: no input is rounded."""
+    return dequantize(copy.deepcopy(model)).double()
+
+
+def widened(inputs):
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
 @pytest.mark.parametrize("preset", ["small", "fast"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_of_transformers_run_it_in_inference(name, preset):
-    from lowbit_kernels import QuantConfig, quantize
     from tests.families.test_padding import BY_NAME
 
     family = BY_NAME[name]
@@ -201,13 +224,12 @@ def test_models_of_transformers_run_it_in_inference(name, preset):
     with Calls() as calls:  # gradients are taken: as transformers computes it
         plain = model(**inputs).logits
     assert "lowbit.depthwise_conv1d_norm" not in calls.ops
-    error = (fused - plain.detach()).square().sum() / plain.detach().square().sum()
-    assert error < ROUNDING[preset]
+    exact = exactly(model)(**widened(inputs)).logits.detach()
+    assert_as_accurate(fused, plain.detach(), exact)
 
 
 @pytest.mark.parametrize("preset", ["small", "fast"])
 def test_berts_module_takes_any_mask(preset):
-    from lowbit_kernels import QuantConfig, quantize
     from tests.families.test_padding import BY_NAME
 
     model = BY_NAME["wav2vec2-bert"].build()
@@ -219,11 +241,11 @@ def test_berts_module_takes_any_mask(preset):
     plain = module(x, attention_mask=mask).detach()
     with torch.no_grad():
         fused = module(x, attention_mask=mask)
-    assert (fused - plain).square().sum() / plain.square().sum() < ROUNDING[preset]
+    exact = exactly(model).wav2vec2_bert.encoder.layers[0].conv_module
+    assert_as_accurate(fused, plain, exact(x.double(), attention_mask=mask).detach())
 
 
 def test_a_hook_on_a_part_is_called():
-    from lowbit_kernels import quantize
     from tests.families.test_padding import BY_NAME
 
     family = BY_NAME["wav2vec2-bert"]
