@@ -51,7 +51,7 @@ def make(spec, norm="batch", causal=False, dtype=torch.float32, device="cpu", C=
     convs = (
         nn.Conv1d(C, 2 * C, 1),
         nn.Conv1d(C, C, taps, padding=taps // 2, groups=C),
-        nn.Conv1d(C, C, 1, bias=False),
+        nn.Conv1d(C, C, 1, bias=norm == "batch"),
     )
     first, end = nn.LayerNorm(C), nn.LayerNorm(C) if norm == "layer" else nn.BatchNorm1d(C)
     for layer in (first, end):

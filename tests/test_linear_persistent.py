@@ -160,12 +160,13 @@ def test_descriptors_of_other_blocks_take_other_code(monkeypatch):
 
 
 def test_it_is_measured_where_programs_have_several_tiles():
-    def persistent(M, gpu=HOPPER):
-        return [c for c in candidates(M, 4096, 1024, 4, 2, gpu) if c.persistent]
+    def persistent(M, gpu=HOPPER, K=1024):
+        return [c for c in candidates(M, 4096, K, 4, 2, gpu) if c.persistent]
 
     assert persistent(16000)
     assert all(c.splits == 1 for c in persistent(16000))
     assert not persistent(64)
+    assert not persistent(64, K=64)  # no sum is split, and still each program has one tile
     assert not persistent(16000, replace(HOPPER, capability=(8, 0)))
     assert not persistent(16000, replace(HOPPER, capability=(10, 0)))
     assert not persistent(16000, replace(HOPPER, is_hip=True))

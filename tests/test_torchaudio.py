@@ -180,11 +180,12 @@ def test_layers_are_called_and_nothing_is_left(model: Any) -> None:
     assert called == {name for name, module in model.named_modules() if isinstance(module, QLinear)}
 
 
-def test_outputs_are_those_of_the_dequantized_model(model: Any) -> None:
+@pytest.mark.parametrize("lengths", [None, torch.tensor([900, 900])])
+def test_outputs_are_those_of_the_dequantized_model(model: Any, lengths: Tensor | None) -> None:
     quantize(model)
     waveforms = batch()[0]
     with torch.no_grad():
-        low_bit, _ = model(waveforms)
+        low_bit, _ = model(waveforms, lengths)
         plain = dequantize(copy.deepcopy(model))
         assert not [m for m in plain.modules() if isinstance(m, QLinear | LinearMultiheadAttention)]
         assert [type(m).__mro__[1] for m in plain.layers] == [nn.Module] * 2
