@@ -397,3 +397,27 @@ def test_wrong_arguments_are_named(change, message):
     arguments = {"x": torch.ones(2, 8, 5), "weight": torch.ones(6, 8, 3)} | change
     with pytest.raises(ValueError, match=message):
         training_conv1d(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["front-end", "grouped", "depthwise"])
+def test_graph_capture_replays(case):
+    tensors, *rest = make_inputs(case, "lsq-row", torch.float16, "cuda", "gelu")
+    tensors = [t.nan_to_num() for t in tensors]
+    grad = torch.randn_like(tensors[3])
+
+    def step():
+        return run(by_op, tensors, *rest, "gelu", grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles; autograd must not have met the capture's stream
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    tensors[0].copy_(torch.randn_like(tensors[0]))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
