@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from lowbit_kernels.conv1d import Geometry, training_conv1d, training_op
 from lowbit_kernels.conv1d.training_cuda import choose_training_kernel
-from lowbit_kernels.fake_quant import Levels, Quantizer
 from lowbit_kernels.fake_quant.linear_op import FLOAT
 from lowbit_kernels.fake_quant.op import flatten
 from lowbit_kernels.matmul.reference import apply_epilogue
@@ -367,36 +366,6 @@ def test_flops_are_those_of_the_products_needed(trains, products, device):
         )
         y.sum().backward()
     assert counter.get_total_flops() == products * (2 * 2 * 13 * 32 * 16 * 4)
-
-
-W4 = Levels.of_weight(4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epilogue": "tanh"}, "epilogue must be one of .* got 'tanh'"),
-        ({"weight": torch.ones(6, 8)}, r"weight must be \[N, C / groups, taps\] and not empty"),
-        ({"weight": torch.ones(0, 8, 3)}, r"weight must be \[N, C / groups, taps\] and not empty"),
-        (
-            {"weight": torch.ones(6, 4, 4)},
-            r"x must have groups \* 4 channels .* got 8 channels in 1",
-        ),
-        ({"weight": torch.ones(6, 4, 3)}, "x has 8 channels in 1 groups"),
-        ({"weight": torch.ones(7, 8, 3), "epilogue": "glu"}, "even number of rows, got N = 7"),
-        ({"x": torch.ones(2, 8, 2)}, "x must have at least 3 frames"),
-        ({"x": torch.ones(2, 8, 5).long()}, "x must be fp16, bf16 or fp32"),
-        ({"bias": torch.ones(5)}, r"bias must be \[6\], got \[5\]"),
-        ({"residual": torch.ones(2, 6, 3).half()}, "residual must be torch.float32 on cpu like x"),
-        ({"lengths": torch.ones(3).long()}, r"lengths must be \[2\]"),
-        ({"quantizer": Quantizer(W4)}, "scale must be given for a weight"),
-        ({"quantizer": Quantizer(W4, torch.ones(4))}, r"scale must have 1 element or shape \(6,\)"),
-    ],
-)
-def test_wrong_arguments_are_named(change, message):
-    arguments = {"x": torch.ones(2, 8, 5), "weight": torch.ones(6, 8, 3)} | change
-    with pytest.raises(ValueError, match=message):
-        training_conv1d(**arguments)
 
 
 @pytest.mark.gpu

@@ -21,23 +21,27 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowbit_kernels.conversion import adapt, exposed, finish
-from lowbit_kernels.conversion.layer_names import alike, fold_name, join_names, name_width
+from lowbit_kernels.conversion.layer_names import LayerTable, alike
+from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
 from lowbit_kernels.integrations import rebuild
-from lowbit_kernels.integrations.checksum import check_files
-from lowbit_kernels.integrations.skeletons import check_layers
-from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
+from lowbit_kernels.integrations.checksum import check_files, read_header
+from lowbit_kernels.integrations.skeletons import (
+    check_layers,
+    check_version,
+    empty_layer,
+    layer_table,
+)
+from lowbit_kernels.modules import QConv1d, QLinear
 
 MANIFEST = "lowbit.json"
-_KINDS: dict[str, type[QLinear | QConv1d]] = {"QLinear": QLinear, "QConv1d": QConv1d}
 
 
 class CheckpointError(RuntimeError):
@@ -76,16 +80,13 @@ class CheckpointInfo:
         )
         yield ""
         rows = [(n, e["kind"], str(QuantSpec(**e["spec"]))) for n, e in self.layers.items()]
-        width = name_width(options.max_width, [spec for _, _, spec in rows], others=20)
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("layers", overflow="fold")
-        table.add_column("", justify="right", style="dim", no_wrap=True)
-        table.add_column("kind")
-        table.add_column("spec")
-        for layers in alike(rows, lambda row: row[0], lambda row: row[1:]):
-            names = fold_name(join_names([name for name, _, _ in layers]), width)
-            table.add_row(names, f"{len(layers)}x", *layers[0][1:])
-        yield table
+        groups = alike(rows, lambda row: row[0], lambda row: row[1:])
+        yield LayerTable(
+            ("kind", "spec"),
+            [([name for name, _, _ in group], group[0][1:]) for group in groups],
+            [spec for _, _, spec in rows],
+            others=20,
+        )
 
 
 def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -99,11 +100,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: if the model holds no quantized layer.
         OSError: if the disk refuses; the old checkpoint is intact.
     """
-    layers = {
-        name: {"kind": type(module).__name__, "spec": module.spec.to_dict()}
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedModule)
-    }
+    layers = layer_table(model)
     if not layers:
         raise ValueError(
             f"model must hold quantized layers, got a {type(model).__name__} with none"
@@ -176,19 +173,19 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
         CheckpointError: as ``load_quantized``.
     """
     directory = Path(path)
-    if not (directory / MANIFEST).exists() and rebuild.is_quantized_pretrained(directory):
-        try:
+    try:
+        if not (directory / MANIFEST).exists() and rebuild.is_quantized_pretrained(directory):
             name, found, layers = rebuild.inspect_pretrained(directory)
             files = rebuild.weight_files(directory)
             count = check_files(files)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
-    else:
-        manifest = _read_manifest(directory)
-        name, found, layers = manifest["model"], manifest["format_version"], manifest["layers"]
-        files = [directory / manifest["weights"]["file"]]
-        _check_hash(files[0], manifest["weights"]["sha256"])
-        count = _count_tensors(files[0])
+        else:
+            manifest = _read_manifest(directory)
+            name, found, layers = manifest["model"], manifest["format_version"], manifest["layers"]
+            files = [directory / manifest["weights"]["file"]]
+            _check_hash(files[0], manifest["weights"]["sha256"])
+            _, count = read_header(files[0])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     return CheckpointInfo(
         path=str(path),
         format_version=found,
@@ -215,33 +212,26 @@ def _unshare(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _write_weights(tensors: dict[str, Tensor], directory: Path) -> Path:
-    handle, temporary = tempfile.mkstemp(prefix=".weights-", dir=directory)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        _sync(temporary)
-        final = directory / f"weights-{_sha256(Path(temporary))[:16]}.safetensors"
-        os.replace(temporary, final)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # how it reports a full disk
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=directory) as scratch:
+        temporary = Path(scratch) / "weights"
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
             raise OSError(f"{directory}: {error}") from error
-        raise
+        _sync(temporary)
+        final = directory / f"weights-{_sha256(temporary)[:16]}.safetensors"
+        os.replace(temporary, final)
     return final
 
 
 def _commit(path: Path, content: bytes) -> None:
     """Replace a file in one step."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        temporary = Path(scratch) / path.name
+        temporary.write_bytes(content)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _sync(path: str | Path) -> None:
@@ -274,18 +264,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: truncated or not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "lowbit_kernels":
         raise CheckpointError(f"{path}: not a manifest of lowbit_kernels")
-    found = manifest.get("format_version")
-    if not isinstance(found, int) or found > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {found}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade lowbit-kernels"
-        )
-    if manifest.get("sha256") != _manifest_hash(manifest):
-        raise CheckpointError(f"{path}: its SHA-256 does not match, so it was changed")
-    try:
+    with naming(path, CheckpointError):
+        check_version(manifest.get("format_version"))
+        if manifest.get("sha256") != _manifest_hash(manifest):
+            raise ValueError("its SHA-256 does not match, so it was changed")
         check_layers(manifest["layers"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     return manifest
 
 
@@ -304,14 +287,6 @@ def _read_weights(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
     return state | {name: state[kept] for name, kept in entry["aliases"].items()}
-
-
-def _count_tensors(path: Path) -> int:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return len(file.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
 
 
 def _pretrained(directory: Path, model: nn.Module | None) -> nn.Module:
@@ -336,16 +311,10 @@ def _skeletons(
     modules = {name: module for module, group in names.items() for name in group}
     skeletons: dict[str, QLinear | QConv1d] = {}
     for name, entry in layers.items():
-        old, kind = modules.get(name), _KINDS.get(entry["kind"])
-        base = nn.Linear if kind is QLinear else nn.Conv1d
-        if kind is None or not isinstance(old, base):
-            found = "nothing" if old is None else f"a {type(old).__name__}"
-            raise CheckpointError(
-                f"{manifest}: holds a {entry['kind']} {name!r} where the model has {found}; "
-                "it was saved from another model"
-            )
-        layer = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
-        skeletons |= dict.fromkeys(names[old], layer)  # the state dict has each of its names
+        with naming(f"{manifest}: saved from another model", CheckpointError):
+            layer = empty_layer(model, modules.get(name), name, entry)
+        # the state dict has each of its names
+        skeletons |= dict.fromkeys(names[modules[name]], layer)
     return skeletons
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ssl_models.digits.augment import augment, change_speed, normalize
@@ -89,10 +90,7 @@ class StringBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def _labels(self, texts: Sequence[str]) -> Tensor:
         rows = [[self.letters[letter] for letter in text.replace(" ", "|")] for text in texts]
-        labels = torch.full((len(rows), max(map(len, rows))), -100)
-        for label, row in zip(labels, rows, strict=True):
-            label[: len(row)] = torch.tensor(row)
-        return labels
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=-100)
 
 
 def _by_speaker(clips: Sequence[Clip]) -> list[list[Clip]]:

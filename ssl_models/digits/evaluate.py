@@ -128,13 +128,8 @@ def _errors(references: Sequence[str], hypotheses: Sequence[str]) -> NDArray[np.
     """Substitutions, deletions and insertions of each string, [S]."""
     import jiwer
 
-    counts = []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        if not reference.strip():  # jiwer refuses an empty reference: every word is an insertion
-            counts.append(len(hypothesis.split()))
-            continue
-        words = jiwer.process_words(reference, hypothesis)
-        counts.append(words.substitutions + words.deletions + words.insertions)
+    found = list(map(jiwer.process_words, references, hypotheses))
+    counts = [each.substitutions + each.deletions + each.insertions for each in found]
     return np.array(counts, dtype=np.int64)
 
 
@@ -167,14 +162,6 @@ def _configs() -> dict[str, QuantConfig]:
     }
 
 
-def _evaluate_quantized(
-    model: Any, config: QuantConfig, processor: Any, strings: Sequence[DigitString]
-) -> Evaluation:
-    copied = copy.deepcopy(model)
-    quantize(copied, config)
-    return evaluate(copied, processor, strings)
-
-
 def _named(rate: Callable[..., Rate]) -> dict[str, Rate]:
     return {
         "mean of training speakers": rate(*TRAINING_SPEAKERS),
@@ -182,18 +169,14 @@ def _named(rate: Callable[..., Rate]) -> dict[str, Rate]:
     }
 
 
-def _table(rates: dict[str, Rate], result: Evaluation, quantized: dict[str, Evaluation]) -> Table:
+def _table(rates: dict[str, Rate], quantized: dict[str, dict[str, dict[str, Rate]]]) -> Table:
     table = Table("", "digit word error rate", "change", "disagreement", box=None)
     for name, rate in rates.items():
         table.add_row(f"float32, {name}", str(rate))
-    for config, other in quantized.items():
-        for name, speakers in (("mean", TRAINING_SPEAKERS), (HELD_OUT_SPEAKER, [HELD_OUT_SPEAKER])):
-            table.add_row(
-                f"{config}, {name}",
-                str(other.rate(*speakers)),
-                str(rate_change(result, other, *speakers)),
-                str(disagreement(result, other, *speakers)),
-            )
+    for config, found in quantized.items():
+        for name, rate in found["rate"].items():
+            others = (str(found[kind][name]) for kind in ("change", "disagreement"))
+            table.add_row(f"{config}, {name}", str(rate), *others)
     return table
 
 
@@ -217,13 +200,19 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     result = evaluate(network, processor, strings)
-    quantized = {
-        name: _evaluate_quantized(network, config, processor, strings)
-        for name, config in _configs().items()
-    }
     rates = _named(result.rate) | {name: result.rate(name) for name in TRAINING_SPEAKERS}
+    quantized = {}
+    for name, config in _configs().items():
+        copied = copy.deepcopy(network)
+        quantize(copied, config)
+        other = evaluate(copied, processor, strings)
+        quantized[name] = {
+            "rate": _named(other.rate),
+            "disagreement": _named(partial(disagreement, result, other)),
+            "change": _named(partial(rate_change, result, other)),
+        }
 
-    Console().print(_table(rates, result, quantized))
+    Console().print(_table(rates, quantized))
     content = {
         "command": "python -m ssl_models.digits.evaluate",
         "weights_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
@@ -233,22 +222,11 @@ def main(
         "seed": seed,
         "strings": len(result.words),
         "digits": int(result.words.sum()),
-        "rates": {name: asdict(rate) for name, rate in rates.items()},
-        "quantized": {
-            name: {
-                "rate": {k: asdict(r) for k, r in _named(other.rate).items()},
-                "disagreement": {
-                    k: asdict(r) for k, r in _named(partial(disagreement, result, other)).items()
-                },
-                "change": {
-                    k: asdict(r) for k, r in _named(partial(rate_change, result, other)).items()
-                },
-            }
-            for name, other in quantized.items()
-        },
+        "rates": rates,
+        "quantized": quantized,
     }
     unfinished = json_path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
     os.replace(unfinished, json_path)
 
 

@@ -5,12 +5,16 @@ if an audio file failed (the others are done).
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich.console import Group
+from rich.text import Text
 
 from lowbit_kernels.cli.errors import CommandError, first_line
+from lowbit_kernels.cli.output import note, show
 
 app = typer.Typer(
     name="lowbit",
@@ -32,6 +36,7 @@ Audio = Annotated[
 
 # the errors of typer derive from one class, which has moved between its releases
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+_TORCH_ERRORS = ("CheckpointError", "OutOfMemoryError")
 _INTERRUPTED = 130
 
 
@@ -41,11 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, prog_name="lowbit", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)
-    except (CommandError, ValueError, NotImplementedError, OSError, _UsageError) as error:
-        _fail(error)
-    except RuntimeError as error:
-        # CheckpointError, known without importing torch for `lowbit --help`
-        if type(error).__name__ not in ("CheckpointError", "OutOfMemoryError"):
+    except Exception as error:
+        known = (CommandError, ValueError, NotImplementedError, OSError, _UsageError)
+        # known by name, without importing torch for `lowbit --help`
+        if not isinstance(error, known) and type(error).__name__ not in _TORCH_ERRORS:
             raise
         _fail(error)
     sys.exit(code or 0)
@@ -56,17 +60,6 @@ def _fail(error: BaseException) -> None:
     if message:  # `lowbit` alone has printed its help, and has nothing to add
         sys.stderr.write(f"lowbit: {message}\n")
     sys.exit(2)
-
-
-def _finish(outcomes: list[dict[str, Any]]) -> None:
-    """One line on stderr for every file that failed, and exit code 2 if one did."""
-    from lowbit_kernels.cli.output import note
-
-    failed = [outcome for outcome in outcomes if "error" in outcome]
-    for outcome in failed:
-        note(f"{outcome['file']}: {outcome['error']}", style="red")
-    if failed:
-        raise typer.Exit(2)
 
 
 @app.command(rich_help_panel="Models")
@@ -80,13 +73,10 @@ def quantize(
     preset: Annotated[
         str, typer.Option(help="small: least error. fast: int8 arithmetic, most speed.")
     ] = "small",
-    bits: Annotated[
-        int | None, typer.Option(help="Bits a weight: 1, 2, 4 or 8; 4 if not given.")
-    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits a weight: 1, 2, 4 or 8.")] = 4,
     group_size: Annotated[
-        str | None,
-        typer.Option(help="Weights that share a scale: 32, 64, ..., channel or tensor."),
-    ] = None,
+        str, typer.Option(help="Weights that share a scale: auto, 32, 64, ..., channel or tensor.")
+    ] = "auto",
     inputs: Annotated[
         str | None, typer.Option(help="int8 or float: how layers take their inputs.")
     ] = None,
@@ -104,17 +94,14 @@ def quantize(
     """Make a checkpoint low-bit and save it as a folder that transformers loads."""
     if out is None and not dry_run:
         raise CommandError("OUT must be given, unless --dry-run is")
-    from lowbit_kernels.cli import output
     from lowbit_kernels.cli.quantize import make_config, quantize_checkpoint
 
     config = make_config(preset, bits, group_size, inputs, deterministic)
-    report = quantize_checkpoint(source, None if dry_run else out, config, method, force=force)
-    if json:
-        output.print_json(report.to_dict() | {"out": None if dry_run else str(out)})
-        return
-    output.results().print(report)
-    if not dry_run:
-        output.results().print(f"\nsaved in [bold]{out}[/]")
+    target = None if dry_run else out
+    report = quantize_checkpoint(source, target, config, method, force=force)
+    saved = [Text.assemble("\nsaved in ", (str(target), "bold"))] if target else []
+    data = report.to_dict() | {"out": target and str(target)}
+    show(data, Group(report, *saved), as_json=json)
 
 
 @app.command(rich_help_panel="Models")
@@ -123,13 +110,9 @@ def inspect(
 ) -> None:
     """Show what a low-bit checkpoint holds."""
     from lowbit_kernels.checkpoint import inspect_checkpoint
-    from lowbit_kernels.cli import output
 
     info = inspect_checkpoint(path)
-    if json:
-        output.print_json(info.to_dict())
-    else:
-        output.results().print(info)
+    show(info.to_dict(), info, as_json=json)
 
 
 @app.command(rich_help_panel="Models")
@@ -149,43 +132,24 @@ def compare(
     json: Json = False,
 ) -> None:
     """Measure how far a low-bit model is from its float model, on audio."""
-    from lowbit_kernels.cli import output
-    from lowbit_kernels.cli.audio import find_audio
     from lowbit_kernels.cli.compare import compare as run
-    from lowbit_kernels.cli.compare_view import show_comparison
-    from lowbit_kernels.cli.load import find_device, load_speech
-    from lowbit_kernels.cli.words import read_texts
+    from lowbit_kernels.cli.compare_view import view_comparison
 
-    files, known = find_audio(audio), read_texts(texts) if texts else {}
-    place = find_device(device)
-    found = run(load_speech(float_model, place), load_speech(quantized, place), files, known)
-    if json:
-        names = {"float": float_model, "quantized": quantized, "device": str(place)}
-        output.print_json(names | found.to_dict())
-    else:
-        show_comparison(found)
-    _finish(list(found.files))
+    found = run(float_model, quantized, audio, texts, device)
+    show(found.to_dict(), view_comparison(found), as_json=json)
     if fail_above is not None and found.worst > fail_above:
-        output.note(f"disagreement {found.worst:.4f} is above {fail_above:g}", style="red")
+        note(f"disagreement {found.worst:.4f} is above {fail_above:g}", style="red")
         raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="Audio")
 def transcribe(model: Model, audio: Audio, device: Device = None, json: Json = False) -> None:
     """Write what is said in audio files; long files are read in overlapping windows."""
-    from lowbit_kernels.cli import output
-    from lowbit_kernels.cli.audio import find_audio
-    from lowbit_kernels.cli.load import find_device, load_speech
-    from lowbit_kernels.cli.transcribe import print_transcripts
     from lowbit_kernels.cli.transcribe import transcribe as run
+    from lowbit_kernels.cli.transcribe import view_transcripts
 
-    files, place = find_audio(audio), find_device(device)
-    outcomes = run(load_speech(model, place), files)
-    if json:
-        output.print_json({"model": model, "device": str(place), "files": outcomes})
-    else:
-        print_transcripts(outcomes)
-    _finish(outcomes)
+    found = run(model, audio, device)
+    show(found, view_transcripts(found["files"]), as_json=json)
 
 
 @app.command(rich_help_panel="Audio")
@@ -198,45 +162,27 @@ def encode(
     json: Json = False,
 ) -> None:
     """Write the encoder's frames, one file for each audio file; what is there is skipped."""
-    from lowbit_kernels.cli import output
-    from lowbit_kernels.cli.audio import find_audio
     from lowbit_kernels.cli.encode import encode as run
-    from lowbit_kernels.cli.encode import name_targets, summarize
-    from lowbit_kernels.cli.load import find_device, load_speech
+    from lowbit_kernels.cli.encode import summarize
 
-    targets = name_targets(audio, find_audio(audio), out, form)
-    place = find_device(device)
-    outcomes = run(load_speech(model, place), targets, out)
-    if json:
-        output.print_json({"model": model, "device": str(place), "files": outcomes})
-    else:
-        output.results().print(summarize(outcomes, out))
-    _finish(outcomes)
+    found = run(model, audio, out, form, device)
+    show(found, summarize(found["files"], out), as_json=json)
 
 
 @app.command(rich_help_panel="This machine")
 def env(json: Json = False) -> None:
     """Show versions, devices and backends, for bug reports."""
-    from lowbit_kernels.cli import output
     from lowbit_kernels.cli.env import collect_env, env_table
 
     found = collect_env()
-    if json:
-        output.print_json(found)
-    else:
-        output.results().print(env_table(found))
+    show(found, env_table(found), as_json=json)
 
 
 @app.command(rich_help_panel="This machine")
 def demo(device: Device = None, json: Json = False) -> None:
     """Read spoken digits in float and in low bits, and time both; under a minute."""
-    from lowbit_kernels.cli import output
-    from lowbit_kernels.cli.demo import run_demo
-    from lowbit_kernels.cli.demo_view import show_demo
+    from lowbit_kernels.cli.demo import run_demo, view_demo
     from lowbit_kernels.cli.load import find_device
 
     found = run_demo(find_device(device))
-    if json:
-        output.print_json(found.to_dict())
-    else:
-        show_demo(found)
+    show(asdict(found), view_demo(found), as_json=json)

@@ -81,7 +81,11 @@ def read_blocks(path: Path, rate: int) -> Iterator[Samples]:
         if own_rate != rate:
             resampler = soxr.ResampleStream(own_rate, rate, 1, dtype="float32")
         position = 0
-        while len(block := _read(file, _BLOCK_SECONDS * own_rate)):
+        while True:
+            with _decoding(path, "corrupt: {}"):
+                block = file.read(_BLOCK_SECONDS * own_rate, dtype="float32", always_2d=True)
+            if not len(block):
+                break
             mono = block.mean(axis=1, dtype=np.float32)
             if not np.isfinite(mono).all():
                 at = (position + int(np.argmin(np.isfinite(mono)))) / own_rate
@@ -92,16 +96,6 @@ def read_blocks(path: Path, rate: int) -> Iterator[Samples]:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _read(file: Any, count: int) -> NDArray[np.float32]:
-    """The next [S, C] samples; none at the end."""
-    with _quiet_decoder(file.name):
-        try:
-            block: NDArray[np.float32] = file.read(count, dtype="float32", always_2d=True)
-        except require("soundfile", "audio").LibsndfileError as error:
-            raise AudioError(f"corrupt: {_reason(error)}") from None
-    return block
-
-
 def _open(path: Path) -> Any:
     soundfile = require("soundfile", "audio")
     if not path.exists():
@@ -110,11 +104,8 @@ def _open(path: Path) -> Any:
         raise AudioError("not a file")
     if path.stat().st_size == 0:
         raise AudioError("empty: it holds no bytes")
-    with _quiet_decoder(path):
-        try:
-            file = soundfile.SoundFile(path)
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise AudioError(f"not an audio file that can be read ({_reason(error)})") from None
+    with _decoding(path, "not an audio file that can be read ({})"):
+        file = soundfile.SoundFile(path)
     short = _SHORT_WAV.search(file.extra_info)
     if short and int(short[1]) not in _UNKNOWN_SIZES:
         file.close()
@@ -131,15 +122,15 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_decoder(path: str | Path) -> Iterator[None]:
-    """Drop what the mp3 decoder prints by itself; every error is raised as well."""
-    if not str(path).lower().endswith(".mp3"):
-        yield
-        return
+def _decoding(path: Path, message: str) -> Iterator[None]:
+    """Say what fails inside, and drop what the mp3 decoder prints by itself of the same."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    if path.suffix.lower() == ".mp3":
+        os.dup2(nowhere, 2)
     try:
         yield
+    except (require("soundfile", "audio").LibsndfileError, OSError) as error:
+        raise AudioError(message.format(_reason(error))) from None
     finally:
         os.dup2(kept, 2)
         os.close(kept)

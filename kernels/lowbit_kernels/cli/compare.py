@@ -12,19 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit_kernels.cli.audio import find_audio
 from lowbit_kernels.cli.errors import CommandError, require
-from lowbit_kernels.cli.inference import Failure, Run, cut_for_frames, forward, stream
+from lowbit_kernels.cli.inference import Run, cut_for_frames, forward, read_files
 from lowbit_kernels.cli.layer_errors import LayerError, LayerErrors
+from lowbit_kernels.cli.load import find_device, load_speech
 from lowbit_kernels.cli.output import Outcome, note
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.transcribe import text_reader
 from lowbit_kernels.cli.windows import Window
-from lowbit_kernels.cli.words import WordErrors, word_errors
+from lowbit_kernels.cli.words import WordErrors, read_texts, word_errors
 
 
-@dataclass
+@dataclass(frozen=True)
 class Frames:
-    """Frames compared so far.
+    """Frames of both models, compared.
 
     Args:
         count: frames.
@@ -37,29 +39,19 @@ class Frames:
     signal: float = 0.0
     noise: float = 0.0
 
-    def add(self, wanted: Tensor, got: Tensor, tokens: bool) -> None:
-        """Add frames [T, D] of both models."""
-        self.count += len(wanted)
-        if tokens:
-            changed = int((wanted.argmax(-1) != got.argmax(-1)).sum())
-            self.different = (self.different or 0) + changed
-        self.signal += wanted.double().square().sum().item()
-        self.noise += (got.double() - wanted.double()).square().sum().item()
-
-    def merge(self, other: "Frames") -> None:
-        """Add the frames of a file that is done."""
-        self.count += other.count
-        if other.different is not None:
-            self.different = (self.different or 0) + other.different
-        self.signal += other.signal
-        self.noise += other.noise
+    def __add__(self, other: "Frames") -> "Frames":
+        known = [each.different for each in (self, other) if each.different is not None]
+        return Frames(
+            self.count + other.count,
+            sum(known) if known else None,
+            self.signal + other.signal,
+            self.noise + other.noise,
+        )
 
     @property
     def disagreement(self) -> float | None:
         """The share of frames whose best token differs."""
-        if self.different is None:
-            return None
-        return self.different / self.count if self.count else 0.0
+        return None if self.different is None else self.different / max(self.count, 1)
 
     @property
     def error(self) -> float | None:
@@ -74,6 +66,7 @@ class Comparison:
     """What ``compare`` found.
 
     Args:
+        names: of the two models and the device.
         frames: outputs of the two models, frame by frame.
         words: the low-bit model's transcripts against the float model's; ``None`` without text.
         float_wer, quantized_wer: against the texts given, over the same files.
@@ -81,6 +74,7 @@ class Comparison:
         files: one outcome a file: ``float``, ``quantized`` and ``reference`` texts, or ``error``.
     """
 
+    names: dict[str, str]
     frames: Frames
     words: WordErrors | None
     float_wer: WordErrors | None
@@ -98,7 +92,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; rates are fractions."""
-        return {
+        return self.names | {
             "frames": self.frames.count,
             "frame_disagreement": self.frames.disagreement,
             "frame_error": self.frames.error,
@@ -111,115 +105,98 @@ class Comparison:
 
 
 def compare(
-    wanted: Speech, got: Speech, paths: Sequence[Path], texts: Mapping[str, str]
+    float_model: str, quantized: str, audio: Sequence[Path], texts: Path | None, device: str | None
 ) -> Comparison:
     """Run both models on the same windows of audio.
 
     Args:
-        wanted: the float model.
-        got: the low-bit model; it reads the float model's processor.
-        paths: audio files.
-        texts: what is said, by path, file name or name without ending; may be empty.
+        float_model: a hub id, a folder, or a low-bit checkpoint.
+        quantized: the low-bit model; it reads the float model's processor.
+        audio: files, and folders of them.
+        texts: a file of what is said, by path, file name or name without ending.
+        device: ``None`` takes a GPU if there is one.
 
     Raises:
-        CommandError: if the models are not of one kind, or no text names a file.
+        CommandError: if something named is not there, the models are not of one kind, or no text
+            names a file.
     """
+    paths, known = find_audio(audio), read_texts(texts) if texts else {}
+    place = find_device(device)
+    wanted, got = load_speech(float_model, place), load_speech(quantized, place)
     got = dataclasses.replace(got, source=wanted.source)
     if type(wanted.model) is not type(got.model):
         kinds = f"{type(wanted.model).__name__} and {type(got.model).__name__}"
         raise CommandError(f"{wanted.name} and {got.name} must be one kind of model, got {kinds}")
+    cut, join = cut_for_frames(wanted), None
     if wanted.kind != "encoder":
         require("jiwer", "audio")  # said before the work, not after it
-    references = _references(paths, texts)
+        _, cut, join = text_reader(wanted)
+    references = _references(paths, known)
     layers, frames = LayerErrors(wanted.model, got.model), Frames()
     if not layers.pairs:
         note(f"note: {got.name} has no low-bit layers; the float model is named first")
-    outcomes = _run(wanted, got, paths, layers, frames)
-    for path, reference in references.items():
-        if "error" not in outcomes[path]:
-            outcomes[path]["reference"] = reference
-    files = tuple(outcomes[path] for path in paths)
+
+    def finish(windows: list[tuple[Frames, Any, Any]]) -> Outcome:
+        nonlocal frames
+        parts, ours, theirs = map(list, zip(*windows, strict=True))
+        frames = sum(parts, frames)
+        return {"float": join(ours), "quantized": join(theirs)} if join else {}
+
+    files = read_files(paths, wanted, _run_both(wanted, got, layers), cut, "comparing", finish)
+    for path, file in zip(paths, files, strict=True):
+        if path in references and "error" not in file:
+            file["reference"] = references[path]
     return Comparison(
+        {"float": float_model, "quantized": quantized, "device": str(place)},
         frames,
         _between(files, "float", "quantized"),
-        _between(files, "reference", "float") if references else None,
-        _between(files, "reference", "quantized") if references else None,
+        _between(files, "reference", "float"),
+        _between(files, "reference", "quantized"),
         layers.results(),
-        files,
+        tuple(files),
     )
-
-
-@dataclass
-class _Open:
-    """A file of which some windows are done: its frames, and what its texts are joined from."""
-
-    frames: Frames = field(default_factory=Frames)
-    wanted: list[Any] = field(default_factory=list)
-    got: list[Any] = field(default_factory=list)
-
-    def add(self, wanted: Any, got: Any, tokens: bool) -> None:
-        """Add one window of both models: frames, or text."""
-        if isinstance(wanted, Tensor):
-            self.frames.add(wanted, got, tokens)
-            wanted, got = wanted.argmax(-1).tolist(), got.argmax(-1).tolist()
-        self.wanted.append(wanted)
-        self.got.append(got)
-
-
-def _run(
-    wanted: Speech, got: Speech, paths: Sequence[Path], layers: LayerErrors, frames: Frames
-) -> dict[Path, Outcome]:
-    """Fill ``layers`` and ``frames``; return the outcomes with both transcripts."""
-    reads = wanted.kind != "encoder"
-    if reads:
-        _, cut, join = text_reader(wanted)
-    else:
-        cut = cut_for_frames(wanted)
-    opened: dict[Path, _Open] = {}
-    outcomes: dict[Path, Outcome] = {}
-    for event in stream(paths, wanted, _run_both(wanted, got, layers), cut, "comparing"):
-        outcome: Outcome = {"file": str(event.path)}
-        if isinstance(event, Failure):
-            opened.pop(event.path, None)
-            outcomes[event.path] = outcome | {"error": event.reason}
-            continue
-        file = opened.setdefault(event.path, _Open())
-        outputs, others = event.value
-        file.add(outputs, others, wanted.kind == "ctc")
-        if event.last:
-            frames.merge(opened.pop(event.path).frames)
-            if reads:
-                outcome |= {"float": join(file.wanted), "quantized": join(file.got)}
-            outcomes[event.path] = outcome
-    return outcomes
 
 
 def _run_both(wanted: Speech, got: Speech, layers: LayerErrors) -> Run:
     """What runs a batch through both models, and watches the layers on the first batch."""
-    if wanted.kind == "seq2seq":
-        run_wanted, run_got = text_reader(wanted)[0], text_reader(got)[0]
-    elif wanted.kind == "ctc":
-        run_wanted = partial(forward, wanted, wanted.logits)
-        run_got = partial(forward, got, got.logits)
-    else:
-        run_wanted = partial(forward, wanted, wanted.frames)
-        run_got = partial(forward, got, got.frames)
+    ctc = wanted.kind == "ctc"
+    run_wanted, run_got = (
+        text_reader(each)[0]
+        if each.kind == "seq2seq"
+        else partial(forward, each, each.logits if ctc else each.frames)
+        for each in (wanted, got)
+    )
 
-    def run(windows: Sequence[Window]) -> list[tuple[Any, Any]]:
+    def run(windows: Sequence[Window]) -> list[tuple[Frames, Any, Any]]:
         with layers.watch_once():
             outputs = run_wanted(windows)
-        return list(zip(outputs, run_got(windows), strict=True))
+        return [_compare(*pair, ctc) for pair in zip(outputs, run_got(windows), strict=True)]
 
     return run
 
 
+def _compare(wanted: Any, got: Any, ctc: bool) -> tuple[Frames, Any, Any]:
+    """Frames [T, D] of one window compared, and what texts are made of; a text stays as it is."""
+    if not isinstance(wanted, Tensor):
+        return Frames(), wanted, got
+    best, other = wanted.argmax(-1), got.argmax(-1)
+    frames = Frames(
+        len(wanted),
+        int((best != other).sum()) if ctc else None,
+        wanted.double().square().sum().item(),
+        (got.double() - wanted.double()).square().sum().item(),
+    )
+    return frames, best.tolist(), other.tolist()
+
+
 def _references(paths: Sequence[Path], texts: Mapping[str, str]) -> dict[Path, str]:
-    found = {}
-    for path in paths:
-        for name in (str(path), path.name, path.stem):
-            if name in texts:
-                found[path] = texts[name]
-                break
+    # of several names the last one counts
+    found = {
+        path: texts[name]
+        for path in paths
+        for name in (path.stem, path.name, str(path))
+        if name in texts
+    }
     if texts and not found:
         raise CommandError(f"--texts names none of the files; it has {next(iter(texts))!r}, ...")
     return found

@@ -2,41 +2,40 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
 from rich.text import Text
 
 from lowbit_kernels.cli.compare import Comparison
 from lowbit_kernels.cli.layer_errors import LayerError
-from lowbit_kernels.cli.output import Outcome, results
+from lowbit_kernels.cli.output import Outcome
 from lowbit_kernels.cli.words import WordErrors
-from lowbit_kernels.conversion.layer_names import fold_name, name_width
+from lowbit_kernels.conversion.layer_names import LayerTable
 
 _WORST_LAYERS = 10
 _SHOWN_TEXTS = 10
 
 
-def show_comparison(found: Comparison) -> None:
-    """Print the figures, the transcripts that differ, and the layers with the most noise."""
+def view_comparison(found: Comparison) -> RenderableType:
+    """The figures, the transcripts that differ, and the layers with the most noise."""
     if all("error" in file for file in found.files):
-        return  # nothing was compared; what failed is said on stderr
-    console = results()
-    console.print(_figures(found))
+        return ""  # nothing was compared; what failed is said on stderr
+    parts: list[RenderableType] = [_figures(found)]
     if changed := [file for file in found.files if file.get("float") != file.get("quantized")]:
         more = f", {_SHOWN_TEXTS} of {len(changed)}" if len(changed) > _SHOWN_TEXTS else ""
-        console.print(f"\n[bold]Transcripts that differ[/]{more}")
-        console.print(_texts(changed[:_SHOWN_TEXTS]))
+        parts += [f"\n[bold]Transcripts that differ[/]{more}", _texts(changed[:_SHOWN_TEXTS])]
     if found.layers:
         more = ", all in --json" if len(found.layers) > _WORST_LAYERS else ""
-        console.print(f"\n[bold]Noisiest of {len(found.layers)} layers[/]{more}")
-        console.print(_layers(found.layers, console.width))
+        title = f"\n[bold]Noisiest of {len(found.layers)} layers[/]{more}"
+        parts += [title, _layers(sorted(found.layers, key=_noise)[:_WORST_LAYERS])]
+    return Group(*parts)
 
 
 def _figures(found: Comparison) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold cyan", no_wrap=True)
-    table.add_column()
+    table = Table.grid(Column(style="bold cyan", no_wrap=True), "", padding=(0, 2, 0, 0))
     frames = found.frames
     if frames.disagreement is not None:
         table.add_row(
@@ -61,10 +60,12 @@ def _rate(errors: WordErrors) -> str:
 
 
 def _texts(files: Sequence[Outcome]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", overflow="fold", max_width=30)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = Table.grid(
+        Column(style="dim", overflow="fold", max_width=30),
+        Column(style="dim", no_wrap=True),
+        Column(overflow="fold"),
+        padding=(0, 2, 0, 0),
+    )
     for file in files:
         name = Path(file["file"]).name
         table.add_row(name, "float", Text(file["float"] or "(nothing)"))
@@ -72,23 +73,15 @@ def _texts(files: Sequence[Outcome]) -> Table:
     return table
 
 
-def _layers(layers: tuple[LayerError, ...], width: int) -> Table:
-    worst = sorted(layers, key=_noise)[:_WORST_LAYERS]
-    width = name_width(width, [layer.spec for layer in worst], others=20)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", overflow="fold")
-    table.add_column("spec")
-    table.add_column("weight\nSQNR", justify="right", no_wrap=True)
-    table.add_column("output\nSQNR", justify="right", no_wrap=True)
+def _layers(worst: Sequence[LayerError]) -> LayerTable:
+    right = partial(Column, justify="right", no_wrap=True)
+    rows = []
     for layer in worst:
         output = layer.output_sqnr_db
-        table.add_row(
-            fold_name(layer.name, width),
-            layer.spec,
-            f"{layer.weight_sqnr_db:.1f} dB",
-            "" if output is None else f"{output:.1f} dB",
-        )
-    return table
+        shown = "" if output is None else f"{output:.1f} dB"
+        rows.append(([layer.name], (layer.spec, f"{layer.weight_sqnr_db:.1f} dB", shown)))
+    columns = ("spec", right("weight\nSQNR"), right("output\nSQNR"))
+    return LayerTable(columns, rows, [layer.spec for layer in worst], others=22)
 
 
 def _noise(layer: LayerError) -> float:

@@ -8,17 +8,20 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
 
 from lowbit_kernels.cli.env import describe_device
 from lowbit_kernels.cli.errors import CommandError, require
 from lowbit_kernels.cli.inference import forward
-from lowbit_kernels.cli.load import load_speech, quiet_transformers
+from lowbit_kernels.cli.load import float_type, load_speech, quiet_transformers
 from lowbit_kernels.cli.output import progress
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import Window
@@ -71,10 +74,6 @@ class Demo:
     readings: tuple[Reading, ...]
     timings: tuple[Timing, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return dataclasses.asdict(self)
-
 
 def run_demo(device: torch.device) -> Demo:
     """Read the shipped clips and time wav2vec2-base's shapes, in float and in low bits.
@@ -108,7 +107,7 @@ def _read_clips(device: torch.device) -> tuple[tuple[str, ...], tuple[Reading, .
     readings: list[Reading] = []
     wanted: list[list[int]] = []
     for variant, config in (
-        (_float_name(device), None),
+        (_name(device), None),
         ("int8", QuantConfig.fast(8)),
         ("int4", QuantConfig.small()),
     ):
@@ -119,27 +118,15 @@ def _read_clips(device: torch.device) -> tuple[tuple[str, ...], tuple[Reading, .
             best = [x.argmax(-1).tolist() for x in forward(speech, speech.logits, windows)]
         wanted = wanted or best
         texts = tuple(speech.decode(tokens) for tokens in best)
-        found = word_errors(zip(said, texts, strict=True))
-        readings.append(
-            Reading(
-                variant,
-                _checkpoint_bytes(speech),
-                texts,
-                found.errors,
-                found.words,
-                _agreement(wanted, best),
-            )
-        )
+        found, size = word_errors(zip(said, texts, strict=True)), _checkpoint_bytes(speech)
+        same = _agreement(wanted, best)
+        readings.append(Reading(variant, size, texts, found.errors, found.words, same))
     return said, tuple(readings)
 
 
-def _float_name(device: torch.device) -> str:
-    return "float16" if device.type == "cuda" else "float32"
-
-
 def _agreement(wanted: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> float:
-    pairs = [(a, b) for x, y in zip(wanted, got, strict=True) for a, b in zip(x, y, strict=True)]
-    return sum(a == b for a, b in pairs) / max(len(pairs), 1)
+    pairs = zip(chain(*wanted), chain(*got), strict=True)
+    return statistics.fmean(a == b for a, b in pairs)
 
 
 def _checkpoint_bytes(speech: Speech) -> int:
@@ -152,30 +139,36 @@ def _base_shapes(device: torch.device) -> dict[str, torch.nn.Module]:
     """wav2vec2-base with random weights, in float and in both presets."""
     transformers = require("transformers", "hf")
     torch.manual_seed(0)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    plain = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config()).eval().to(device, dtype)
-    models: dict[str, torch.nn.Module] = {_float_name(device): plain}
+    plain = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config())
+    plain = plain.eval().to(device, float_type(device))
+    models: dict[str, torch.nn.Module] = {_name(device): plain}
     for preset, config in (("small", QuantConfig.small()), ("fast", QuantConfig.fast())):
         models[preset] = copy.deepcopy(plain)
         quantize(models[preset], config)
     return models
 
 
+def _name(device: torch.device) -> str:
+    return str(float_type(device)).removeprefix("torch.")
+
+
 @torch.inference_mode()
 def _time(models: dict[str, torch.nn.Module], device: torch.device) -> tuple[Timing, ...]:
     """Time the models in turns, so that a change of the machine's load meets them all."""
-    audio = torch.randn(1, SECONDS * 16_000, device=device).to(
-        torch.float16 if device.type == "cuda" else torch.float32
-    )
+    audio = torch.randn(1, SECONDS * 16_000, device=device).to(float_type(device))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     start = time.perf_counter()
     for model in models.values():
-        model(audio)  # the first call unpacks weights and fills caches
+        model(audio).last_hidden_state.sum().item()  # the first unpacks weights and fills caches
     for count in range(_MOST_ROUNDS):
         if count >= _LEAST_ROUNDS and time.perf_counter() - start > _TIMING_BUDGET_SECONDS:
             break
         for name, model in models.items():
-            seconds[name].append(_elapsed(lambda model=model: model(audio), device))  # type: ignore[misc]
+            began = time.perf_counter()
+            model(audio)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     base = next(iter(medians.values()))
     return tuple(
@@ -183,11 +176,61 @@ def _time(models: dict[str, torch.nn.Module], device: torch.device) -> tuple[Tim
     )
 
 
-def _elapsed(function: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def view_demo(found: Demo) -> Group:
+    """The device, what the shipped model reads, and the times."""
+    return Group(
+        Text(f"Running on {found.device}\n", style="dim"),
+        "[bold]The shipped model reads digits, spoken by synthetic voices[/]",
+        _reading_table(found.readings),
+        "",
+        _text_table(found.said, found.readings),
+        f"[bold]{SECONDS} s of audio through wav2vec2-base's shapes, random weights[/]",
+        _timing_table(found.timings),
+    )
+
+
+def _reading_table(readings: Sequence[Reading]) -> Table:
+    table = _table("word errors", "frames as float", "checkpoint", "of float")
+    whole = readings[0].checkpoint_bytes
+    for reading in readings:
+        table.add_row(
+            reading.variant,
+            f"{reading.errors} of {reading.words}",
+            f"{reading.agreement:.1%}",
+            f"{reading.checkpoint_bytes / 1e6:.2f} MB",
+            f"{reading.checkpoint_bytes / whole:.2f}",
+        )
+    return table
+
+
+def _text_table(said: Sequence[str], readings: Sequence[Reading]) -> Table:
+    """What was said, and below it each transcript with the variants that gave it."""
+    said_by = Column(style="dim", no_wrap=True)
+    table = Table.grid(said_by, Column(overflow="fold"), padding=(0, 2, 0, 1), pad_edge=True)
+    for number, text in enumerate(said):
+        table.add_row("said", Text(text, style="bold"))
+        variants: dict[str, list[str]] = {}
+        for reading in readings:
+            variants.setdefault(reading.texts[number], []).append(reading.variant)
+        for got, names in variants.items():
+            style = "green" if got.split() == text.split() else "red"
+            table.add_row(", ".join(names), Text(got or "(nothing)", style=style))
+        table.add_row()
+    return table
+
+
+def _timing_table(timings: Sequence[Timing]) -> Table:
+    table = _table("median time", "speed-up")
+    for timing in timings:
+        style = "green" if timing.speed_up >= 1 else "default"
+        table.add_row(
+            timing.variant,
+            f"{timing.median_seconds * 1000:.0f} ms",
+            f"[{style}]{timing.speed_up:.2f}x[/]",
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    right = (Column(column, justify="right") for column in columns)
+    return Table(Column("variant", style="bold cyan"), *right, box=None)

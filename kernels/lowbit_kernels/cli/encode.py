@@ -9,16 +9,18 @@ Dimension key: T frames, D features.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowbit_kernels.cli.audio import Samples
+from lowbit_kernels.cli.audio import Samples, find_audio
 from lowbit_kernels.cli.errors import CommandError
 from lowbit_kernels.cli.frames_file import FORMATS, FramesWriter, read_shape
 from lowbit_kernels.cli.inference import Failure, cut_for_frames, forward, stream
+from lowbit_kernels.cli.load import find_device, load_speech
 from lowbit_kernels.cli.output import Outcome
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import Window
@@ -28,59 +30,65 @@ from lowbit_kernels.modules import QuantizedModule
 RECORD = "encode.json"
 
 
-def encode(speech: Speech, targets: Mapping[Path, Path], folder: Path) -> list[Outcome]:
+def encode(
+    model: str, audio: Sequence[Path], out: Path, form: str, device: str | None
+) -> dict[str, Any]:
     """Write the encoder's last hidden states [T, D], float32, of every audio file.
 
     Args:
-        speech: the model.
-        targets: audio file to frames file, of ``name_targets``.
-        folder: where the record of the run goes.
+        model: a hub id, a folder, or a low-bit checkpoint.
+        audio: files, and folders of them.
+        out: the folder for the frames and the record of the run.
+        form: a key of ``FORMATS``.
+        device: ``None`` takes a GPU if there is one.
 
     Returns:
-        One outcome a file, in the order of ``targets``: ``output``, ``frames`` and ``skipped``, or
-        ``error``.
+        ``files`` holds one outcome a file: ``output``, ``frames`` and ``skipped``, or ``error``.
 
     Raises:
-        CommandError: if the folder holds frames of another model.
+        CommandError: if something named is not there, or ``out`` holds frames of another model.
     """
-    _check_record(speech, folder)
-    outcomes: dict[Path, Outcome] = {}
-    for path, target in targets.items():
-        if (shape := _finished(path, target)) is not None:
-            outcomes[path] = _done(path, target, shape[0], skipped=True)
+    targets, place = name_targets(audio, out, form), find_device(device)
+    speech = load_speech(model, place)
+    _check_record(speech, out)
+    shapes = {path: _finished(path, target) for path, target in targets.items()}
+    outcomes: dict[Path, Outcome] = {
+        path: {"output": str(targets[path]), "frames": shape[0], "skipped": True}
+        for path, shape in shapes.items()
+        if shape
+    }
     writers: dict[Path, FramesWriter] = {}
     todo = [path for path in targets if path not in outcomes]
     run = partial(_frames, speech)
     try:
         for event in stream(todo, speech, run, cut_for_frames(speech), "encoding"):
+            path = event.path
             if isinstance(event, Failure):
-                if writer := writers.pop(event.path, None):
-                    writer.discard()
-                outcomes[event.path] = {"file": str(event.path), "error": event.reason}
+                if path in writers:
+                    writers.pop(path).discard()
+                outcomes[path] = {"error": event.reason}
                 continue
-            target = targets[event.path]
-            if event.path not in writers:
-                writers[event.path] = FramesWriter(target, speech.frame / speech.rate)
-            writers[event.path].write(event.value)
+            if path not in writers:
+                writers[path] = FramesWriter(targets[path], speech.frame / speech.rate)
+            writers[path].write(event.value)
             if event.last:
-                count = writers.pop(event.path).finish()
-                outcomes[event.path] = _done(event.path, target, count, skipped=False)
+                count = writers[path].finish()
+                outcomes[path] = {"output": str(targets[path]), "frames": count, "skipped": False}
+                del writers[path]
     finally:
         for writer in writers.values():
             writer.discard()
-    return [outcomes[path] for path in targets]
+    files = [{"file": str(path)} | outcomes[path] for path in targets]
+    return {"model": model, "device": str(place), "files": files}
 
 
-def name_targets(
-    arguments: Sequence[Path], audio: Sequence[Path], out: Path, form: str
-) -> dict[Path, Path]:
+def name_targets(arguments: Sequence[Path], out: Path, form: str) -> dict[Path, Path]:
     """Which frames file belongs to which audio file.
 
     A file's is named after it; files found in a folder keep their place below that folder.
 
     Args:
         arguments: what the user named, files and folders.
-        audio: the files these stand for.
         out: the folder for the frames.
         form: a key of ``FORMATS``.
 
@@ -92,7 +100,7 @@ def name_targets(
     folders = [argument for argument in arguments if argument.is_dir()]
     targets: dict[Path, Path] = {}
     owners: dict[Path, Path] = {}
-    for path in audio:
+    for path in find_audio(arguments):
         folder = next((f for f in folders if path.is_relative_to(f)), path.parent)
         target = (out / path.relative_to(folder)).with_suffix(f".{form}")
         if target in owners:
@@ -115,7 +123,7 @@ def summarize(outcomes: Sequence[Outcome], folder: Path) -> str:
         parts.append(f"{skipped} there already")
     if len(done) < len(outcomes):
         parts.append(f"{len(outcomes) - len(done)} failed")
-    return f"{', '.join(parts)}, in {folder}"
+    return f"{', '.join(parts)}, in {folder}\n"
 
 
 def _frames(speech: Speech, windows: Sequence[Window]) -> list[Samples]:
@@ -133,26 +141,19 @@ def _finished(path: Path, target: Path) -> tuple[int, int] | None:
         return None
 
 
-def _done(path: Path, target: Path, frames: int, *, skipped: bool) -> Outcome:
-    return {"file": str(path), "output": str(target), "frames": frames, "skipped": skipped}
-
-
 def _check_record(speech: Speech, folder: Path) -> None:
-    wanted = {"model": type(speech.model).__name__, "sha256": _fingerprint(speech)}
+    wanted = json.dumps(
+        {"model": type(speech.model).__name__, "sha256": _fingerprint(speech)}, indent=1
+    )
     record = folder / RECORD
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--out {folder}: a file; it must be a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not record.exists():
         temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=1))
+        temporary.write_text(wanted)
         os.replace(temporary, record)
-        return
-    try:
-        found = json.loads(record.read_text())
-    except ValueError:
-        raise CommandError(f"{record}: not a record of an earlier run") from None
-    if found != wanted:
+    elif record.read_bytes() != wanted.encode():
         raise CommandError(f"{folder} holds frames of another model; choose another --out")
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from lowbit_kernels.cpu import cpu_backend
 from lowbit_kernels.matmul import csrc
@@ -105,9 +105,7 @@ def _compiler() -> str | None:
 
 def env_table(env: dict[str, Any]) -> Table:
     """The same, to read."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold cyan", no_wrap=True)
-    table.add_column()
+    table = Table.grid(Column(style="bold cyan", no_wrap=True), "", padding=(0, 2, 0, 0))
     for name, found in env["versions"].items():
         table.add_row(name, found or "[yellow]not installed[/]")
     for device in env["devices"]:

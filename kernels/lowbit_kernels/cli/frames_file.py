@@ -51,14 +51,10 @@ class FramesWriter:
         Returns:
             The number of frames.
         """
-        try:
-            self.file.seek(0)
-            self.file.write(self._header())
-            self.file.close()
-            os.replace(self.temporary, self.path)
-        except BaseException:
-            self.discard()
-            raise
+        self.file.seek(0)
+        self.file.write(self._header())
+        self.file.close()
+        os.replace(self.temporary, self.path)
         return self.T
 
     def discard(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cli.audio import AudioError, read_blocks, read_seconds
-from lowbit_kernels.cli.output import progress
+from lowbit_kernels.cli.output import Outcome, progress
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import (
     CONTEXT_SECONDS,
@@ -86,6 +86,35 @@ def stream(
                 batch = []
             batch.append(item)
         yield from _flush(batch, run)
+
+
+def read_files(
+    paths: Sequence[Path],
+    speech: Speech,
+    run: Run,
+    cut: Cut,
+    what: str,
+    finish: Callable[[list[Any]], Outcome],
+) -> list[Outcome]:
+    """Run a model over files as ``stream`` does, and make one outcome of each.
+
+    Args:
+        finish: what the values of a file's windows, in order, say of the file.
+
+    Returns:
+        One outcome a file, in the order of ``paths``: that of ``finish``, or ``error``.
+    """
+    values: dict[Path, list[Any]] = {}
+    outcomes: dict[Path, Outcome] = {}
+    for event in stream(paths, speech, run, cut, what):
+        if isinstance(event, Failure):
+            values.pop(event.path, None)
+            outcomes[event.path] = {"error": event.reason}
+            continue
+        values.setdefault(event.path, []).append(event.value)
+        if event.last:
+            outcomes[event.path] = finish(values.pop(event.path))
+    return [{"file": str(path)} | outcomes[path] for path in paths]
 
 
 def _windows(

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,25 +54,17 @@ class LayerErrors:
 
         Each low-bit layer runs once more, so all of the audio would take half as long again.
         """
-        handles = []
-        if not self.watched:
-            for name, (module, _) in self.pairs.items():
-                handles.append(module.register_forward_hook(self._hook(name)))
-        self.watched = True
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, (module, _) in () if self.watched else self.pairs.items():
+                hooks.enter_context(module.register_forward_hook(partial(self._measure, name)))
+            self.watched = True
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            signal, noise = self.powers[name]
-            error = self.pairs[name][1](args[0]).float() - output.float()
-            signal += output.float().square().sum().item()
-            self.powers[name] = signal, noise + error.square().sum().item()
-
-        return hook
+    def _measure(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        signal, noise = self.powers[name]
+        error = self.pairs[name][1](args[0]).float() - output.float()
+        signal += output.float().square().sum().item()
+        self.powers[name] = signal, noise + error.square().sum().item()
 
     def results(self) -> tuple[LayerError, ...]:
         """One entry a layer, in the model's order."""

@@ -79,8 +79,12 @@ def load_speech(source: str, device: torch.device) -> Speech:
         if not hasattr(model, "config"):
             raise CommandError(f"{source}: a {type(model).__name__} is no model of transformers")
         adapt(model)
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return Speech(source, model.eval().to(device=device, dtype=dtype), source)
+        return Speech(source, model.eval().to(device, float_type(device)), source)
+
+
+def float_type(device: torch.device) -> torch.dtype:
+    """What a float model computes in: float16 on a GPU, float32 on a CPU."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def load_processor(source: str) -> Any:

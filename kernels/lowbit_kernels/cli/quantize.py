@@ -22,12 +22,13 @@ from lowbit_kernels.formats.spec import GroupSize
 from lowbit_kernels.integrations.processor import prepare_processor
 
 _PRESETS = {"small": QuantConfig.small, "fast": QuantConfig.fast}
+_GROUPS: dict[str, GroupSize] = {"auto": "auto", "channel": None, "tensor": "tensor"}
 
 
 def make_config(
     preset: str,
-    bits: int | None,
-    group_size: str | None,
+    bits: int,
+    group_size: str,
     inputs: str | None,
     deterministic: bool = False,
 ) -> QuantConfig:
@@ -35,8 +36,8 @@ def make_config(
 
     Args:
         preset: ``"small"`` or ``"fast"``.
-        bits: bits a weight; ``None`` as the preset.
-        group_size: a number, ``"channel"`` or ``"tensor"``; ``None`` as the preset.
+        bits: bits a weight.
+        group_size: a number, ``"auto"``, ``"channel"`` or ``"tensor"``.
         inputs: ``"int8"`` or ``"float"``; ``None`` as the preset.
         deterministic: as in ``QuantSpec``.
 
@@ -48,23 +49,21 @@ def make_config(
         raise CommandError(f"--preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
     if inputs not in (None, "int8", "float"):
         raise CommandError(f"--inputs must be int8 or float, got {inputs!r}")
-    base = _PRESETS[preset](4 if bits is None else bits).default
+    base = _PRESETS[preset](bits).default
     kind = base.inputs if inputs is None else {"int8": "int8", "float": None}[inputs]
-    size: GroupSize = "auto" if group_size is None else _group_size(group_size)
+    size = _group_size(group_size)
     return QuantConfig(QuantSpec(base.bits, size, inputs=kind, deterministic=deterministic))
 
 
 def _group_size(text: str) -> GroupSize:
-    if text == "channel":
-        return None
-    if text == "tensor":
-        return "tensor"
-    if not text.isdecimal():
+    if text.isdecimal():
+        return int(text)
+    if text not in _GROUPS:
         raise CommandError(
             "--group-size must be a power of two >= 32, channel (one scale a channel) or tensor, "
             f"got {text!r}"
         )
-    return int(text)
+    return _GROUPS[text]
 
 
 def quantize_checkpoint(
@@ -100,18 +99,16 @@ def quantize_checkpoint(
     if processor is None:
         note(f"note: {source} has no processor, so transcribe and encode cannot use the result")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        with quiet_transformers():
-            model.save_pretrained(temporary)
-            if processor is not None:
-                prepare_processor(processor).save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp lets nobody else read it
-        _move(temporary, out)
-    except SafetensorError as error:  # its writer says a full disk in its own words
-        raise OSError(f"{out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        new = Path(scratch) / "new"
+        try:
+            with quiet_transformers():
+                model.save_pretrained(new)
+                if processor is not None:
+                    prepare_processor(processor).save_pretrained(new)
+        except SafetensorError as error:  # its writer says a full disk in its own words
+            raise OSError(f"{out} cannot be written: {error}") from None
+        _move(new, out)
     return report
 
 
@@ -128,14 +125,13 @@ def _check_free(out: Path, force: bool) -> None:
 
 def _move(new: Path, out: Path) -> None:
     """Put a folder in another's place; at every moment one of the two is whole on the disk."""
-    if not out.exists():
-        os.replace(new, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    os.replace(out, old)
+    old = Path(f"{new.parent}-old-")
+    if out.exists():
+        os.replace(out, old)
     try:
         os.replace(new, out)
     except BaseException:
-        os.replace(old, out)
+        if old.exists():
+            os.replace(old, out)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)

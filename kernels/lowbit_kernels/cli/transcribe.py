@@ -9,50 +9,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
+from rich.table import Column, Table
 from rich.text import Text
 
+from lowbit_kernels.cli.audio import find_audio
 from lowbit_kernels.cli.errors import CommandError
-from lowbit_kernels.cli.inference import (
-    Failure,
-    Run,
-    cut_for_frames,
-    cut_for_text,
-    forward,
-    stream,
-)
-from lowbit_kernels.cli.load import quiet_transformers
-from lowbit_kernels.cli.output import Outcome, results
+from lowbit_kernels.cli.inference import Run, cut_for_frames, cut_for_text, forward, read_files
+from lowbit_kernels.cli.load import find_device, load_speech, quiet_transformers
+from lowbit_kernels.cli.output import Outcome
 from lowbit_kernels.cli.speech import Speech
 from lowbit_kernels.cli.windows import Cut, Window
 
 
-def transcribe(speech: Speech, paths: Sequence[Path]) -> list[Outcome]:
+def transcribe(model: str, audio: Sequence[Path], device: str | None) -> dict[str, Any]:
     """Transcribe files with a CTC or a sequence-to-sequence model.
 
     Args:
-        speech: the model.
-        paths: audio files.
+        model: a hub id, a folder, or a low-bit checkpoint.
+        audio: files, and folders of them.
+        device: ``None`` takes a GPU if there is one.
 
     Returns:
-        One outcome a file, in the order of ``paths``, with its ``text`` or its ``error``.
+        ``files`` holds one outcome a file, with its ``text`` or its ``error``.
 
     Raises:
-        CommandError: if the model writes no text.
+        CommandError: if something named is not there, or the model writes no text.
     """
+    files, place = find_audio(audio), find_device(device)
+    speech = load_speech(model, place)
     run, cut, join = text_reader(speech)
-    pieces: dict[Path, list[Any]] = {}
-    outcomes: dict[Path, Outcome] = {}
-    for event in stream(paths, speech, run, cut, "transcribing"):
-        if isinstance(event, Failure):
-            pieces.pop(event.path, None)
-            outcomes[event.path] = {"file": str(event.path), "error": event.reason}
-            continue
-        pieces.setdefault(event.path, []).append(event.value)
-        if event.last:
-            text = join(pieces.pop(event.path))
-            outcomes[event.path] = {"file": str(event.path), "text": text}
-    return [outcomes[path] for path in paths]
+    outcomes = read_files(
+        files, speech, run, cut, "transcribing", lambda values: {"text": join(values)}
+    )
+    return {"model": model, "device": str(place), "files": outcomes}
 
 
 def text_reader(speech: Speech) -> tuple[Run, Cut, Callable[[list[Any]], str]]:
@@ -61,17 +51,15 @@ def text_reader(speech: Speech) -> tuple[Run, Cut, Callable[[list[Any]], str]]:
     Raises:
         CommandError: if the model writes no text.
     """
-    # a missing tokenizer is said before any audio is read
+    if speech.kind == "encoder":
+        raise CommandError(
+            f"{speech.name}: a {type(speech.model).__name__} writes no text; a model for CTC or a "
+            "sequence-to-sequence model does"
+        )
+    _ = speech.tokenizer  # a missing one is said before any audio is read
     if speech.kind == "ctc":
-        _ = speech.tokenizer
         return partial(_best_tokens, speech), cut_for_frames(speech), partial(_spell, speech)
-    if speech.kind == "seq2seq":
-        _ = speech.tokenizer
-        return partial(_generate, speech), cut_for_text(speech), " ".join
-    raise CommandError(
-        f"{speech.name}: a {type(speech.model).__name__} writes no text; a model for CTC or a "
-        "sequence-to-sequence model does"
-    )
+    return partial(_generate, speech), cut_for_text(speech), " ".join
 
 
 def _best_tokens(speech: Speech, windows: Sequence[Window]) -> list[list[int]]:
@@ -90,19 +78,16 @@ def _generate(speech: Speech, windows: Sequence[Window]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def print_transcripts(outcomes: Sequence[Outcome]) -> None:
+def view_transcripts(outcomes: Sequence[Outcome]) -> RenderableType:
     """Texts beside their files' names; lines of name, tab and text where no terminal reads.
 
     Files that failed are left to stderr.
     """
     done = [outcome for outcome in outcomes if "text" in outcome]
-    if not sys.stdout.isatty():
-        sys.stdout.writelines(f"{outcome['file']}\t{outcome['text']}\n" for outcome in done)
-        return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", overflow="fold", max_width=30)
-    table.add_column(overflow="fold")
+    if not done or not sys.stdout.isatty():
+        return "".join(f"{outcome['file']}\t{outcome['text']}\n" for outcome in done)
+    name = Column(style="dim", overflow="fold", max_width=30)
+    table = Table.grid(name, Column(overflow="fold"), padding=(0, 2, 0, 0))
     for outcome in done:
         table.add_row(Path(outcome["file"]).name, Text(outcome["text"] or "(nothing)"))
-    if done:
-        results().print(table)
+    return table

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +35,16 @@ class WordErrors:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {
-            "rate": self.rate,
-            "errors": self.errors,
-            "words": self.words,
-            "changed": self.changed,
-            "transcripts": self.transcripts,
-        }
+        return {"rate": self.rate} | asdict(self)
 
 
 def word_errors(pairs: Iterable[tuple[str, str]]) -> WordErrors:
     """Count word errors of (reference, hypothesis) pairs; case and punctuation do not count."""
     jiwer = require("jiwer", "audio")
-    errors = words = changed = transcripts = 0
-    for reference, hypothesis in pairs:
-        wanted, got = _normalize(reference), _normalize(hypothesis)
-        if wanted:
-            found = jiwer.process_words(wanted, got)
-            mistakes = found.substitutions + found.deletions + found.insertions
-        else:
-            mistakes = len(got.split())
-        errors += mistakes
-        words += len(wanted.split())
-        changed += mistakes > 0
-        transcripts += 1
-    return WordErrors(errors, words, changed, transcripts)
+    found = [jiwer.process_words(_normalize(wanted), _normalize(got)) for wanted, got in pairs]
+    errors = [each.substitutions + each.deletions + each.insertions for each in found]
+    words = sum(len(each.references[0]) for each in found)
+    return WordErrors(sum(errors), words, sum(map(bool, errors)), len(found))
 
 
 def _normalize(text: str) -> str:
@@ -72,30 +57,27 @@ def read_texts(path: Path) -> dict[str, str]:
     Raises:
         CommandError: naming the file, the line and the rule.
     """
+    kind = "JSON" if path.suffix == ".json" else "UTF-8"
     try:
         content = path.read_text(encoding="utf-8")
+        texts = json.loads(content) if kind == "JSON" else _from_lines(path, content)
     except FileNotFoundError:
         raise CommandError(f"--texts {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise CommandError(f"--texts {path}: cannot be read ({error})") from None
-    if path.suffix == ".json":
-        return _from_json(path, content)
-    texts = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        name, tab, text = line.partition("\t")
-        if not tab:
-            raise CommandError(f"--texts {path}: line {number} has no tab between name and text")
-        texts[name] = text
+    except ValueError as error:
+        raise CommandError(f"--texts {path}: not {kind} ({error})") from None
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise CommandError(f"--texts {path}: must be an object of file names and texts")
     return texts
 
 
-def _from_json(path: Path, content: str) -> dict[str, str]:
-    try:
-        texts = json.loads(content)
-    except ValueError as error:
-        raise CommandError(f"--texts {path}: not JSON ({error})") from None
-    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-        raise CommandError(f"--texts {path}: must be an object of file names and texts")
+def _from_lines(path: Path, content: str) -> dict[str, str]:
+    texts = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        name, tab, text = line.partition("\t")
+        if tab:
+            texts[name] = text
+        elif line.strip():
+            raise CommandError(f"--texts {path}: line {number} has no tab between name and text")
     return texts

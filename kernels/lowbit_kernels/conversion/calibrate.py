@@ -1,15 +1,30 @@
 """Static input scales: the largest input each layer sees on calibration clips."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.conversion.evaluation import evaluating
-
 INT8_MAX = 127
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode and no gradients; afterwards each in the mode that it was in.
+
+    No dropout then draws a random number and no BatchNorm counts what it sees.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 def observe_input_scales(
@@ -45,23 +60,20 @@ def observe_input_scales(
         amax = x.abs().amax().float().cpu()
         largest[name] = torch.maximum(largest.get(name, amax), amax)
 
-    handles = [m.register_forward_pre_hook(partial(watch, name)) for name, m in layers.items()]
     count = 0
-    try:
-        with evaluating(model):
-            for count, clip in enumerate(clips, 1):
-                if isinstance(clip, Mapping):
-                    model(**clip)
-                elif isinstance(clip, Tensor) and clip.dim():
-                    model(clip[None] if clip.dim() == 1 else clip)
-                else:
-                    raise ValueError(
-                        "calibration must hold waveforms [S], [B, S] or mappings, "
-                        f"got a {type(clip).__name__} at {count - 1}"
-                    )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(watch, name)))
+        for count, clip in enumerate(clips, 1):
+            if isinstance(clip, Mapping):
+                model(**clip)
+            elif isinstance(clip, Tensor) and clip.dim():
+                model(clip[None] if clip.dim() == 1 else clip)
+            else:
+                raise ValueError(
+                    "calibration must hold waveforms [S], [B, S] or mappings, "
+                    f"got a {type(clip).__name__} at {count - 1}"
+                )
     if not count:
         raise ValueError("calibration must hold at least one clip, got none")
     for name, amax in largest.items():

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lowbit_kernels.conversion.calibrate import observe_input_scales
-from lowbit_kernels.conversion.evaluation import evaluating
+from lowbit_kernels.conversion.calibrate import evaluating, observe_input_scales
 from lowbit_kernels.conversion.expose import exposed
+from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patterns
 from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, OFFSETS, finish
 from lowbit_kernels.conversion.replace import replace_modules
@@ -193,10 +193,8 @@ def _progress(chosen: list[Decision]) -> Iterable[Decision]:
 
 def _quantized_layer(decision: Decision, method: str) -> QLinear | QConv1d:
     kind: Any = QConv1d if isinstance(decision.module, nn.Conv1d) else QLinear
-    try:
+    with naming(decision.name):
         return kind.from_float(decision.module, decision.spec, method=method)  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise ValueError(f"{decision.name}: {error}") from None
 
 
 def adapt(model: nn.Module) -> None:

@@ -2,7 +2,12 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Column, Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -58,3 +63,29 @@ def name_width(width: int, specs: Sequence[str], others: int) -> int:
         others: the width of all other columns and of the gaps.
     """
     return max(width - others - max(map(len, specs), default=0), _LEAST_NAME_WIDTH)
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """A table of layers, whose names take the width that the other columns leave.
+
+    Args:
+        columns: those after the names and how many they are.
+        rows: names that share a row, with the row's other cells.
+        specs, others: see ``name_width``.
+    """
+
+    columns: Sequence[Column | str]
+    rows: Sequence[tuple[Sequence[str], Sequence[str | Text]]]
+    specs: Sequence[str]
+    others: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = name_width(options.max_width, self.specs, self.others)
+        count = Column(justify="right", style="dim", no_wrap=True)
+        columns = (Column("layers", overflow="fold"), count, *self.columns)
+        table = Table(*columns, box=None, pad_edge=False, header_style="dim")
+        for layers, cells in self.rows:
+            shown = f"{len(layers)}x" if len(layers) > 1 else ""
+            table.add_row(fold_name(join_names(layers), width), shown, *cells)
+        yield table

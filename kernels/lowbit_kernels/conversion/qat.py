@@ -1,14 +1,17 @@
 """prepare_qat(model) and convert(model): train a model as it will be quantized, then pack it."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from lowbit_kernels.conversion.convert import _as_config, _bytes, _check_layers, _report, adapt
 from lowbit_kernels.conversion.expose import exposed
+from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patterns
 from lowbit_kernels.conversion.registry import finish
 from lowbit_kernels.conversion.replace import names_of, replace_modules
-from lowbit_kernels.conversion.report import LayerReport, QuantizationReport
+from lowbit_kernels.conversion.report import QuantizationReport
 from lowbit_kernels.formats import QuantConfig, QuantSpec
 from lowbit_kernels.modules import QATConv1d, QATLinear, QATModule, QConv1d, QLinear
 
@@ -49,13 +52,7 @@ def prepare_qat(
         if twins:
             adapt(model)
             setattr(model, _CONFIG, config)
-    sizes = [_bytes(decision.module) for decision in plan]
-    layers = tuple(
-        LayerReport(
-            d.name, type(d.module).__name__, str(d.spec) if d.spec else None, d.reason, size, size
-        )
-        for d, size in zip(plan, sizes, strict=True)
-    )
+    layers = tuple(replace(_report(d, None), spec=str(d.spec) if d.spec else None) for d in plan)
     notes = unmatched_patterns(plan, config)
     if not chosen:
         notes.append("nothing will be quantized: no layer matched the config")
@@ -87,10 +84,8 @@ def convert(model: nn.Module) -> QuantizationReport:
     for layer, (name, *others) in names.items():
         assert isinstance(layer, QATLinear | QATConv1d), "chosen above"
         decisions.append(Decision(name, layer, layer.spec, "trained", tuple(others)))
-        try:
+        with naming(name):
             packed[layer] = layer.to_quantized()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
     reports = tuple(_report(d, packed[d.module]) for d in decisions)
     config = model.__dict__.pop(_CONFIG, None) or QuantConfig(next(iter(packed.values())).spec)
     replace_modules(model, packed)
@@ -102,7 +97,5 @@ def convert(model: nn.Module) -> QuantizationReport:
 def _twin(decision: Decision, quantizer: str) -> QATModule:
     kind = QATConv1d if isinstance(decision.module, nn.Conv1d) else QATLinear
     assert decision.spec is not None, "chosen"
-    try:
+    with naming(decision.name):
         return kind.from_float(decision.module, decision.spec, quantizer)
-    except ValueError as error:
-        raise ValueError(f"{decision.name}: {error}") from None

@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
-from lowbit_kernels.conversion.layer_names import alike, fold_name, join_names, name_width
+from lowbit_kernels.conversion.layer_names import LayerTable, alike
 
 # of what is not printed on a terminal
 _WIDTH = 110
@@ -97,18 +98,14 @@ class QuantizationReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.summary, style="bold")
         yield ""
-        longest = [layer.spec for layer in self.quantized if layer.spec]
-        width = name_width(options.max_width, longest, others=31)
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("layers", overflow="fold")
-        table.add_column("", justify="right", style="dim", no_wrap=True)
-        table.add_column("become")
-        table.add_column("least\nSQNR", justify="right", no_wrap=True)
-        table.add_column("MB", justify="right", no_wrap=True)
-        for layers in alike(self.layers, lambda layer: layer.name, _what_became):
-            names = fold_name(join_names([layer.name for layer in layers]), width)
-            table.add_row(names, f"{len(layers)}x", *_cells(layers))
-        yield table
+        groups = alike(self.layers, lambda layer: layer.name, _what_became)
+        right = partial(Column, justify="right", no_wrap=True)
+        yield LayerTable(
+            ("become", right("least\nSQNR"), right("MB")),
+            [([layer.name for layer in group], _cells(group)) for group in groups],
+            [layer.spec for layer in self.quantized if layer.spec],
+            others=31,
+        )
         for layer in self.layers:
             if layer.note:
                 yield Text(f"{layer.name}: {layer.note}", style="red")

@@ -39,7 +39,7 @@ def check_files(files: Sequence[Path]) -> int:
     Raises:
         ValueError: naming the file and the reason: not safetensors, truncated, or changed.
     """
-    found = {file: _read_header(file) for file in files}
+    found = {file: read_header(file) for file in files}
     wanted = {expected for expected, _ in found.values() if expected is not None}
     names = ", ".join(map(str, files))
     if not wanted:
@@ -50,7 +50,12 @@ def check_files(files: Sequence[Path]) -> int:
     return sum(count for _, count in found.values())
 
 
-def _read_header(file: Path) -> tuple[str | None, int]:
+def read_header(file: Path) -> tuple[str | None, int]:
+    """The checksum that a file's metadata holds, and how many tensors the file holds.
+
+    Raises:
+        ValueError: naming the file and the reason: not safetensors, missing, truncated.
+    """
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: not a safetensors file")
     if not file.is_file():

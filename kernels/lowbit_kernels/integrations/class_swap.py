@@ -6,7 +6,7 @@ them all, and the parameters stay where they are.
 """
 
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,6 +18,11 @@ class Swapped:
 
     _mixin: type
     _origin: type
+
+    if TYPE_CHECKING:  # what the class behind a mixin has, which a checker cannot see
+
+        def __getattr__(self, name: str) -> Any: ...
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the subclass has no importable name, so pickle and copy rebuild it from its two parts

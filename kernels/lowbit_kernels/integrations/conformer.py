@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.integrations.activations import epilogue_of
-from lowbit_kernels.integrations.class_swap import Swapped, is_stock, swap_class
+from lowbit_kernels.integrations.class_swap import Swapped, swap_class
 from lowbit_kernels.modules.batch_norm import normalize_frames
 from lowbit_kernels.modules.conv_module import convolve, fuses_convolution
 
@@ -26,8 +26,6 @@ class MaskedConformerLayer(Swapped):
     They are read from the layer's own argument, so gradient checkpointing recomputes with them.
     """
 
-    conv_module: Any
-
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -39,14 +37,6 @@ class MaskedConformerLayer(Swapped):
 class MaskedConvolutionModule(Swapped):
     """The convolution module, blind beyond each utterance."""
 
-    layer_norm: nn.Module
-    pointwise_conv1: nn.Module
-    glu: nn.Module
-    depthwise_conv: nn.Module
-    batch_norm: Any
-    activation: Any
-    pointwise_conv2: nn.Module
-    dropout: nn.Module
     # set by the layer, taken by the next forward
     _mask: Tensor | None = None
 
@@ -62,8 +52,7 @@ class MaskedConvolutionModule(Swapped):
         norm, epilogue = self.batch_norm, epilogue_of(self.activation)
         trains = norm.training and epilogue is not None and type(norm) in _BATCH_NORMS
         if mask is None and not trains:
-            plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
-            return plain
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         x, lengths = self.layer_norm(hidden_states).transpose(1, 2), None
         x = self.glu(self.pointwise_conv1(x))
         if mask is not None:
@@ -77,15 +66,10 @@ class MaskedConvolutionModule(Swapped):
 class FusedBertConvolutionModule(Swapped):
     """wav2vec2-bert's, which is causal and masks its input itself."""
 
-    layer_norm: nn.Module
-    depthwise_conv: Any
-    depthwise_layer_norm: nn.Module
-
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, C] to [B, T, C]; ``attention_mask`` [B, T], of any form."""
         if not _fuses(self, self.depthwise_layer_norm):
-            plain: Tensor = super().forward(hidden_states, attention_mask)  # type: ignore[misc]
-            return plain
+            return super().forward(hidden_states, attention_mask)  # type: ignore[no-any-return]
         x = self.layer_norm(hidden_states)
         if attention_mask is not None:
             # without biases it stays zero until the depthwise convolution
@@ -97,14 +81,11 @@ class FusedBertConvolutionModule(Swapped):
 class FusedParakeetConvolutionModule(Swapped):
     """Parakeet's, whose masks the model derives from lengths."""
 
-    norm: nn.Module
-
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, C] to [B, T, C]; ``attention_mask`` [B, 1, T, T]."""
         readable = attention_mask is None or isinstance(attention_mask, Tensor)
         if not readable or not _fuses(self, self.norm):
-            plain: Tensor = super().forward(hidden_states, attention_mask)  # type: ignore[misc]
-            return plain
+            return super().forward(hidden_states, attention_mask)  # type: ignore[no-any-return]
         valid = _valid_frames(attention_mask)
         return _convolve(self, hidden_states, self.norm, None if valid is None else valid.sum(1))
 
@@ -143,23 +124,10 @@ class UncachedRotaryEmbedding(Swapped):
     inference made breaks the training that follows.
     """
 
-    cached_sequence_length: int | None
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [2, T, 1, 1, D], cosines and sines."""
         self.cached_sequence_length = None
-        embedding: Tensor = super().forward(hidden_states)  # type: ignore[misc]
-        return embedding
-
-
-def matches_rotary_embedding(module: nn.Module) -> bool:
-    """Whether a module is the rotary embedding of transformers' wav2vec2-conformer."""
-    return is_stock(module, "Wav2Vec2ConformerRotaryPositionalEmbedding")
-
-
-def matches_conformer_layer(module: nn.Module) -> bool:
-    """Whether a module is an encoder layer of transformers' wav2vec2-conformer."""
-    return is_stock(module, "Wav2Vec2ConformerEncoderLayer")
+        return super().forward(hidden_states)  # type: ignore[no-any-return]
 
 
 def mask_conformer_layer(layer: nn.Module) -> nn.Module:

@@ -39,16 +39,11 @@ _PADDING_SAMPLES = 160
 class MaskedGroupNormConvLayer(Swapped):
     """A convolution, GroupNorm and activation; the norm sees only valid frames."""
 
-    conv: nn.Module
-    layer_norm: nn.GroupNorm
-    activation: Any
-
     def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
         """[B, C_in, T_in] to [B, C, T]; ``lengths`` [B] counts valid output frames."""
         epilogue, norm = epilogue_of(self.activation), self.layer_norm
         if lengths is None and not (hidden_states.is_cuda and epilogue):
-            plain: Tensor = super().forward(hidden_states)  # type: ignore[misc]
-            return plain
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         normalized = masked_group_norm(
             self.conv(hidden_states), norm.weight, norm.bias,
             lengths=lengths, num_groups=norm.num_groups, eps=norm.eps, activation=epilogue,
@@ -59,9 +54,6 @@ class MaskedGroupNormConvLayer(Swapped):
 class MaskedFeatureEncoder(Swapped):
     """The stack of convolutions, told the lengths by a hook on the model that calls it."""
 
-    conv_layers: nn.ModuleList
-    training: bool
-    _requires_grad: bool
     # set by the hook, taken by the next forward: layers get lengths as an argument, so that
     # gradient checkpointing recomputes each call with its own
     _lengths: Tensor | None = None
@@ -72,8 +64,7 @@ class MaskedFeatureEncoder(Swapped):
         """Whether the one call serves: no gradient, and a dtype that it computes in."""
         if self._layout is None or needs_gradient(self.conv_layers, input_values):
             return False
-        first: Any = self.conv_layers[0]
-        return serves(input_values, first.conv.weight)
+        return serves(input_values, self.conv_layers[0].conv.weight)
 
     def forward(self, input_values: Tensor) -> Tensor:
         """Waveforms [B, S] to features [B, C, T]."""
@@ -82,14 +73,12 @@ class MaskedFeatureEncoder(Swapped):
             tensors = flatten_layers(front_end_layers(self.conv_layers) or [])
             return front_end(input_values, lengths, tensors, self._layout or "").transpose(1, 2)
         if lengths is None:
-            plain: Tensor = super().forward(input_values)  # type: ignore[misc]
-            return plain
+            return super().forward(input_values)  # type: ignore[no-any-return]
         hidden_states = input_values[:, None]
         if self._requires_grad and self.training:
             hidden_states.requires_grad = True
         zero = _has_int8_inputs(self.conv_layers)
-        for i, module in enumerate(self.conv_layers):
-            layer: Any = module
+        for i, layer in enumerate(self.conv_layers):
             lengths = frames_after(lengths, layer.conv)
             masked = isinstance(layer, MaskedGroupNormConvLayer)
             hidden_states = layer(hidden_states, *((lengths,) if masked else ()))

@@ -3,8 +3,6 @@
 Dimension key: B batch, T frames, C features.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from lowbit_kernels.integrations.activations import epilogue_of
@@ -15,18 +13,12 @@ from lowbit_kernels.modules import QATConv1d, QATLinear, QConv1d, QLinear
 class FusedFeedForward(Swapped):
     """Linear, activation, dropout, linear, dropout."""
 
-    intermediate_dense: nn.Module
-    intermediate_act_fn: Any
-    intermediate_dropout: nn.Module
-    output_dense: nn.Module
-    output_dropout: nn.Module
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         first = self.intermediate_dense
         # an adapter around it comes before the activation
         if not isinstance(first, QLinear | QATLinear):
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         inner = first(hidden_states, epilogue=epilogue_of(self.intermediate_act_fn))
         output = self.output_dense(self.intermediate_dropout(inner))
         return self.output_dropout(output)  # type: ignore[no-any-return]
@@ -35,27 +27,20 @@ class FusedFeedForward(Swapped):
 class FusedConvLayer(Swapped):
     """A layer of the front end without a norm: convolution, activation."""
 
-    conv: nn.Module
-    activation: Any
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C_in, T_in] to [B, C, T]."""
         if not isinstance(self.conv, QConv1d | QATConv1d):
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         return self.conv(hidden_states, epilogue=epilogue_of(self.activation))  # type: ignore[no-any-return]
 
 
 class FusedPositionalEmbedding(Swapped):
     """Convolution, cut, activation. The activation is elementwise, so the cut may come after it."""
 
-    conv: nn.Module
-    padding: nn.Module
-    activation: Any
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         if not isinstance(self.conv, QConv1d | QATConv1d):
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         x = self.conv(hidden_states.transpose(1, 2), epilogue=epilogue_of(self.activation))
         return self.padding(x).transpose(1, 2)  # type: ignore[no-any-return]
 

@@ -15,7 +15,11 @@ from lowbit_kernels.integrations.padding import attention_mask_of
 
 
 class MaskedPositionalEmbedding(Swapped):
-    """A positional embedding, told the mask by a hook on the encoder that calls it."""
+    """A positional embedding, told the mask by a hook on the encoder that calls it.
+
+    Subclasses have ``_convolve``: [B, C, T] to [B, C, T], with ``padding`` [B, 1, T] true beyond
+    each utterance.
+    """
 
     # set by the hook, taken by the next forward
     _mask: Tensor | None = None
@@ -24,22 +28,13 @@ class MaskedPositionalEmbedding(Swapped):
         """[B, T, C] to [B, T, C]."""
         mask, self._mask = self._mask, None
         if mask is None:
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         padding = ~mask.bool()[:, None]  # [B, 1, T]
-        return self._convolve(hidden_states.transpose(1, 2), padding).transpose(1, 2)
-
-    def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
-        """[B, C, T] to [B, C, T]; ``padding`` [B, 1, T] is true beyond each utterance."""
-        raise NotImplementedError(f"{type(self).__name__} must say where it zeroes")
+        return self._convolve(hidden_states.transpose(1, 2), padding).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class MaskedHubertEmbedding(MaskedPositionalEmbedding):
     """HuBERT's, with batch norm."""
-
-    batch_norm: nn.Module
-    conv: nn.Module
-    padding: nn.Module
-    activation: Any
 
     def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
         normalized = self.batch_norm(x).masked_fill(padding, 0)
@@ -48,8 +43,6 @@ class MaskedHubertEmbedding(MaskedPositionalEmbedding):
 
 class MaskedData2VecEmbedding(MaskedPositionalEmbedding):
     """data2vec's stack of convolutions with layer norm."""
-
-    layers: nn.ModuleList
 
     def _convolve(self, x: Tensor, padding: Tensor) -> Tensor:
         for layer in self.layers:

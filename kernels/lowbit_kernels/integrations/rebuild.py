@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.formats import FORMAT_VERSION
-from lowbit_kernels.integrations.skeletons import check_layers
+from lowbit_kernels.integrations.skeletons import check_layers, check_version
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,16 +32,19 @@ def build(description: dict[str, Any]) -> nn.Module:
     """
     if description["library"] != "transformers":
         raise ValueError(f"library must be 'transformers', got {description['library']!r}")
+    kind = _model_class("class", description["class"])
+    return kind(kind.config_class.from_dict(description["config"]))  # type: ignore[no-any-return]
+
+
+def _model_class(argument: str, name: str) -> Any:
     import transformers
 
-    kind = getattr(transformers, description["class"], None)
+    kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
-            f"class must name a transformers model, got {description['class']!r} "
-            f"(transformers {transformers.__version__})"
+            f"{argument} must name a model of transformers {transformers.__version__}, got {name!r}"
         )
-    config = kind.config_class.from_dict(description["config"])  # type: ignore[attr-defined]
-    return kind(config)  # type: ignore[no-any-return]
+    return kind
 
 
 def is_quantized_pretrained(directory: Path) -> bool:
@@ -56,17 +60,10 @@ def inspect_pretrained(directory: Path) -> tuple[str, int, dict[str, dict[str, A
     """
     path, config = directory / _CONFIG, _config(directory)
     stored = config["quantization_config"]
-    found = stored.get("version", FORMAT_VERSION)
-    if not isinstance(found, int) or found > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {found!r}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade lowbit-kernels"
-        )
-    layers = stored.get("layers")
-    try:
+    found, layers = stored.get("version", FORMAT_VERSION), stored.get("layers")
+    with naming(path):
+        check_version(found)
         check_layers(layers)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return (config.get("architectures") or ["?"])[0], found, layers
 
 
@@ -94,18 +91,11 @@ def load_pretrained(directory: Path) -> nn.Module:
     Raises:
         ValueError: naming the file: whatever does not fill the model exactly.
     """
-    import transformers
-
     name, _, _ = inspect_pretrained(directory)
     files = weight_files(directory)
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"{directory / _CONFIG}: architectures must name a model of transformers "
-            f"{transformers.__version__}, got {name!r}"
-        )
+    kind = _model_class(f"{directory / _CONFIG}: architectures", name)
     # mismatches are asked for, to be refused below in words that name the tensor
-    model, found = kind.from_pretrained(  # type: ignore[attr-defined]
+    model, found = kind.from_pretrained(
         directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
     )
     _check_complete(files[0] if len(files) == 1 else directory / _INDEX, name, found)

@@ -15,13 +15,11 @@ from lowbit_kernels.integrations.class_swap import Swapped
 
 
 class MaskedSqueezedEncoder(Swapped):
-    """An encoder: positions and pooling over valid frames, layers over pooled ones."""
+    """An encoder: positions and pooling over valid frames, layers over pooled ones.
 
-    config: Any
-    pos_conv_embed: nn.Module
-    pool: nn.Module
-    upsample: nn.Module
-    training: bool
+    Subclasses have ``_run_layers``: [B, P, C] and its mask [B, P], true on valid frames, through
+    the layers.
+    """
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -46,17 +44,9 @@ class MaskedSqueezedEncoder(Swapped):
         outputs.last_hidden_state = nn.functional.pad(x, (0, 0, 0, T - squeeze * P))
         return outputs
 
-    def _run_layers(self, x: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        """[B, P, C] through the layers; ``mask`` [B, P] is true on valid frames."""
-        raise NotImplementedError(f"{type(self).__name__} must say which layers it has")
-
 
 class MaskedSEWEncoder(MaskedSqueezedEncoder):
     """SEW's, with layers of its own."""
-
-    layer_norm: nn.Module
-    dropout: nn.Module
-    layers: nn.ModuleList
 
     def _run_layers(
         self,
@@ -98,8 +88,6 @@ class MaskedSEWEncoder(MaskedSqueezedEncoder):
 class MaskedSEWDEncoder(MaskedSqueezedEncoder):
     """SEW-D's, around an encoder of DeBERTa layers."""
 
-    encoder: nn.Module
-
     def _run_layers(
         self, x: Tensor, mask: Tensor | None, return_dict: bool = True, **kwargs: Any
     ) -> Any:
@@ -111,18 +99,14 @@ class MaskedSEWDEncoder(MaskedSqueezedEncoder):
 class PooledFrameMask(Swapped):
     """A classification head that sums the layers, whose outputs are pooled frames."""
 
-    config: Any
-
     def _get_feature_vector_attention_mask(
         self, feature_vector_length: int, attention_mask: Tensor
     ) -> Tensor:
         """[B, S] of samples to [B, P]."""
         if not self.config.use_weighted_layer_sum:
-            plain: Tensor = super()._get_feature_vector_attention_mask(  # type: ignore[misc]
+            return super()._get_feature_vector_attention_mask(  # type: ignore[misc, no-any-return]
                 feature_vector_length, attention_mask
             )
-            return plain
-        model: Any = self
-        frames = model._get_feat_extract_output_lengths(attention_mask.sum(-1))
+        frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
         full = torch.div(frames, self.config.squeeze_factor, rounding_mode="floor")
         return torch.arange(feature_vector_length, device=full.device) < full[:, None]

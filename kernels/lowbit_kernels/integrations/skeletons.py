@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.replace import replace_modules
-from lowbit_kernels.formats import QuantSpec
+from lowbit_kernels.formats import FORMAT_VERSION, QuantSpec
 from lowbit_kernels.modules import QConv1d, QLinear, QuantizedModule
 
 _KINDS: dict[str, tuple[type[QLinear | QConv1d], type[nn.Module]]] = {
@@ -22,6 +23,15 @@ def layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
     }
+
+
+def check_version(found: Any) -> None:
+    """Raise ``ValueError`` for a format version that this release does not read."""
+    if not isinstance(found, int) or found > FORMAT_VERSION:
+        raise ValueError(
+            f"format version {found!r}, this release reads up to {FORMAT_VERSION}; "
+            "upgrade lowbit-kernels"
+        )
 
 
 def check_layers(layers: Any) -> None:
@@ -59,16 +69,29 @@ def place_skeletons(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> None
         local = _local_name(name, prefix, modules)
         if local is None and _is_head(name, prefix, layers):
             continue
-        kind, base = _KINDS[entry["kind"]]
-        old = modules.get(local or name)
-        if not isinstance(old, base):
-            found = "nothing" if old is None else f"a {type(old).__name__}"
-            raise ValueError(
-                f"quantization_config.layers must fit the model: it has a {entry['kind']} {name!r} "
-                f"where {type(model).__name__} has {found}"
-            )
-        skeletons[local or name] = kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
+        with naming("quantization_config.layers must fit the model"):
+            skeletons[local or name] = empty_layer(model, modules.get(local or name), name, entry)
     replace_modules(model, {modules[name]: layer for name, layer in skeletons.items()})
+
+
+def empty_layer(
+    model: nn.Module, old: nn.Module | None, name: str, entry: Mapping[str, Any]
+) -> QLinear | QConv1d:
+    """An empty quantized layer in the shape of ``old``, a layer of ``model``.
+
+    Args:
+        name, entry: of the layer in a table that ``check_layers`` has passed.
+
+    Raises:
+        ValueError: if ``old`` is none, or of another kind.
+    """
+    kind, base = _KINDS[entry["kind"]]
+    if not isinstance(old, base):
+        found = "nothing" if old is None else f"a {type(old).__name__}"
+        raise ValueError(
+            f"holds a {entry['kind']} {name!r} where {type(model).__name__} has {found}"
+        )
+    return kind.empty_like(old, QuantSpec(**entry["spec"]))  # type: ignore[arg-type]
 
 
 def _local_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:

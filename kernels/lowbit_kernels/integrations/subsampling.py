@@ -18,12 +18,6 @@ from lowbit_kernels.integrations.padding import attention_mask_of, frames_after,
 class _Adapter(Swapped):
     """What the adapters have in common."""
 
-    proj: nn.Module | None
-    proj_layer_norm: nn.Module | None
-    layers: nn.ModuleList
-    layerdrop: float
-    training: bool
-
     def _project(self, hidden_states: Tensor) -> Tensor:
         if self.proj is None or self.proj_layer_norm is None:
             return hidden_states
@@ -61,8 +55,7 @@ class MaskedAttentionAdapter(_Adapter):
         """[B, T, C] to [B, T_out, C_out]; ``attention_mask`` [B, T]."""
         x = self._project(hidden_states)
         lengths = None if attention_mask is None else attention_mask.sum(-1)
-        for module in self.layers:
-            layer: Any = module
+        for layer in self.layers:
             if self._drops_layer():
                 continue
             layer.residual_layer_norm._lengths = layer.self_attn_layer_norm._lengths = lengths
@@ -94,7 +87,7 @@ class MaskedSubsampling(Swapped):
         """[B, T, F] to [B, T_out, C]; ``attention_mask`` [B, T]."""
         if attention_mask is not None:
             input_features = input_features.masked_fill(~attention_mask.bool()[..., None], 0)
-        return super().forward(input_features, attention_mask)  # type: ignore[misc, no-any-return]
+        return super().forward(input_features, attention_mask)  # type: ignore[no-any-return]
 
 
 _CONV_ADAPTERS = tuple(

@@ -3,8 +3,6 @@
 Dimension key: B batch, C channels, T frames, E embedding, H heads, D = E / H.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,15 +17,10 @@ from lowbit_kernels.norm import masked_group_norm
 class MaskedConvLayerBlock(Swapped):
     """A convolution of the front end; its GroupNorm sees valid frames only."""
 
-    conv: Any
-    layer_norm: nn.Module | None
-    kernel_size: int
-    stride: int
-
     def forward(self, x: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, C_in, T_in] and valid frames [B] to [B, C, T] and valid frames [B]."""
         if length is None:
-            return super().forward(x, None)  # type: ignore[misc, no-any-return]
+            return super().forward(x, None)  # type: ignore[no-any-return]
         spec = getattr(self.conv, "spec", None)
         if spec is not None and spec.inputs is not None:
             x = zero_padding(x, length)  # an input scale is one an utterance
@@ -45,16 +38,6 @@ class MaskedConvLayerBlock(Swapped):
 
 class FusedWavLMSelfAttention(Swapped):
     """WavLM's attention, calling layers where it reads the weights of nn.MultiheadAttention."""
-
-    attention: LinearMultiheadAttention
-    num_heads: int
-    dropout: float
-    training: bool
-    gru_rel_pos: bool
-    gru_rel_pos_linear: nn.Module
-    gru_rel_pos_const: Tensor
-    rel_attn_embed: nn.Module | None
-    compute_bias: Any
 
     def forward(
         self,

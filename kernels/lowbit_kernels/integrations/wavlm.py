@@ -3,7 +3,7 @@
 Dimension key: B batch, H heads, T frames, D head dimension, C = H * D.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit_kernels.attention import DenseBias, flash_attention
 from lowbit_kernels.integrations.class_swap import Swapped
@@ -14,14 +14,6 @@ class FusedWavLMAttention(Swapped):
 
     Attention weights are not returned: ``output_attentions=True`` gives ``None`` for each layer.
     """
-
-    num_heads: int
-    dropout: float
-    training: bool
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
 
     def torch_multi_head_self_attention(
         self,

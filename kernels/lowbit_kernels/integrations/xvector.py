@@ -5,18 +5,13 @@ Dimension key: B batch, T frames, C_in and C_out features.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit_kernels.integrations.class_swap import Swapped
 
 
 class UnfoldedTDNNLayer(Swapped):
     """A TDNN layer: its linear layer over dilated windows, where the original reads the weight."""
-
-    kernel: nn.Module
-    kernel_size: int
-    dilation: int
-    activation: Any
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C_in] to [B, T_out, C_out]."""
@@ -29,11 +24,8 @@ class UnfoldedTDNNLayer(Swapped):
 class DilatedLengths(Swapped):
     """A head that knows how many frames its dilated layers leave of an utterance."""
 
-    tdnn: nn.ModuleList
-
     def _get_tdnn_output_lengths(self, input_lengths: Any) -> Any:
         """[B] to [B]; the original forgets the dilation, and so pools frames of padding."""
-        layers: Any = self.tdnn
-        for layer in layers:
+        for layer in self.tdnn:
             input_lengths = input_lengths - layer.dilation * (layer.kernel_size - 1)
         return input_lengths
