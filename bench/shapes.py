@@ -111,17 +111,43 @@ CONV1D_CUDA = (
 )
 
 
-def _attention(B: int, T: int, kind: str, backward: bool) -> Point:
-    sizes = {"B": B, "H": 16, "T": T, "D": 64, "backward": int(backward)}
-    name = f"T{T} B{B}, {kind}, {'forward and backward' if backward else 'forward'}"
-    return Point(name, sizes | {kind: 1}, "large")
+def _attention(
+    B: int, T: int, kind: str, backward: bool, H: int = 16, D: int = 64, origin: str = "large"
+) -> Point:
+    goals = _ATTENTION_GOALS.get((kind, backward), ())
+    sizes = {"B": B, "H": H, "T": T, "D": D, "backward": int(backward)}
+    name = f"T{T} B{B} H{H} D{D}, {kind}, {'forward and backward' if backward else 'forward'}"
+    return Point(name, sizes | {kind: 1}, origin, goals)
 
 
-ATTENTION_CUDA = tuple(
-    _attention(B, T, kind, backward)
-    for backward in (False, True)
-    for B, T in ((16, FRAMES), (4, 1500), (16, 250), (1, 6000))
-    for kind in ("plain", "lengths", "dense bias")
+_ATTENTION_GOALS = {
+    ("plain", False): (Goal("lowbit", 0.9, 1.0, "SDPA"),),
+    ("transformer-xl", False): (Goal("lowbit", 3.0, 6.0, "SDPA"),),
+    ("transformer-xl", True): (Goal("lowbit", 2.0, 4.0, "SDPA"),),
+    ("window", False): (Goal("lowbit", 5.0, 5.0, "SDPA without the window"),),
+}
+
+
+ATTENTION_CUDA = (
+    *(
+        _attention(B, T, kind, backward)
+        for backward in (False, True)
+        for B, T in ((16, FRAMES), (4, 1500), (16, 250), (1, 6000))
+        for kind in ("plain", "lengths", "dense bias")
+    ),
+    *(
+        _attention(16, 1500, kind, backward, H, D, origin)
+        for backward in (False, True)
+        for kind, H, D, origin in (
+            ("transformer-xl", 8, 64, "conformer-large"),
+            ("bucketed", 12, 64, "wavlm-base"),
+            ("relative key", 16, 64, "wav2vec2-bert"),
+            ("transformer-xl", 4, 36, "squeezeformer-XS"),
+            ("transformer-xl", 4, 81, "squeezeformer-M"),
+        )
+    ),
+    *(_attention(1, 6000, "window", backward, origin="sparseformer") for backward in (False, True)),
+    *(_attention(16, FRAMES, "plain", False, 8, D) for D in (80, 128)),
 )
 
 NORM_CUDA = (

@@ -9,6 +9,7 @@ from lowbit_kernels.attention import DenseBias, flash_attention, flash_attention
 from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
 from lowbit_kernels.attention.config import default_config
 from lowbit_kernels.attention.forward_kernel import flash_attention_triton
+from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.testing import assert_as_accurate
 
 SHAPES = [  # B, H, T, D, lengths, window, shape of the bias
@@ -61,9 +62,10 @@ def reference(q, k, v, grad, lengths, bias, window, scale, keep=None, dtype=None
 
 def kernels(q, k, v, grad, lengths, bias, window, scale, seed=None, dropout_p=0.0):
     """The output and the gradients of q, k, v and the bias, by the Triton kernels."""
-    out, lse = flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
-    *grads, dbias = flash_attention_backward_triton(
-        grad, q, k, v, out, lse, lengths, bias, seed, window, scale, dropout_p, True
+    scheme = None if bias is None else Scheme("dense", bias)
+    out, lse = flash_attention_triton(q, k, v, lengths, scheme, seed, window, scale, dropout_p)
+    *grads, dbias, _ = flash_attention_backward_triton(
+        grad, q, k, v, out, lse, lengths, scheme, seed, window, scale, dropout_p, True
     )
     return [out, *grads] if bias is None else [out, *grads, dbias]
 
@@ -139,7 +141,8 @@ def test_dropout_has_one_mask_in_both_directions(dtype, device):
     seed = torch.tensor([1234567890123], device=device)
     # identity values make the output the dropped probabilities themselves
     identity = torch.eye(T, D, dtype=dtype, device=device).expand(B, H, T, D)
-    probs, _ = flash_attention_triton(q, k, identity, lengths, bias, seed, None, 0.1, dropout_p)
+    scheme = Scheme("dense", bias)
+    probs, _ = flash_attention_triton(q, k, identity, lengths, scheme, seed, None, 0.1, dropout_p)
     keep = (probs[..., :T] != 0) / (1 - dropout_p)
     arguments = (q, k, v, grad, lengths, bias, None, 0.1)
     assert_all_as_accurate(
@@ -252,15 +255,16 @@ def test_op_is_registered_correctly(permuted, device):
     seed = torch.tensor([3], device=device)
     op = torch.ops.lowbit.flash_attention.default
     for options in (
-        (None, None, None, None, None, 0.0),
-        (lengths, bias.clone().requires_grad_(), seed, 3, 0.2, 0.1),
+        (None, None, None, None, None, None, None, 0.0),
+        (lengths, "dense", bias.clone().requires_grad_(), None, seed, 3, 0.2, 0.1),
     ):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         torch.library.opcheck(op, (*leaves, *options))
-    out, lse = op(q, k, v, lengths, bias, seed, 3, 0.2, 0.1)
+    options = (lengths, "dense", bias, None, seed, 3, 0.2, 0.1)
+    out, lse = op(q, k, v, *options)
     torch.library.opcheck(
         torch.ops.lowbit.flash_attention_backward.default,
-        (out, q, k, v, out, lse, lengths, bias, seed, 3, 0.2, 0.1, True),
+        (out, q, k, v, out, lse, *options, True),
     )
 
 
@@ -344,9 +348,10 @@ X = torch.zeros(2, 3, 5, 8)
         ((X, X, X), {"lengths": torch.tensor([5])}, r"lengths must be \[2\] on cpu, got \[1\]"),
         ((X, X, X), {"window": -1}, r"window must be an int >= 0 .* got -1"),
         ((X, X, X), {"window": (4, 4)}, r"window must be an int >= 0 .* got \(4, 4\)"),
-        ((X, X, X), {"scale": float("inf")}, "scale must be finite, got inf"),
+        ((X, X, X), {"scale": float("inf")}, "scale must be above 0 and finite, got inf"),
+        ((X, X, X), {"scale": 0.0}, "scale must be above 0 and finite, got 0"),
         ((X, X, X), {"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
-        ((X, X, X), {"position": X}, "position must be None or DenseBias, got Tensor"),
+        ((X, X, X), {"position": X}, "position must be None, DenseBias, .* got Tensor"),
         ((X, X, X), {"position": DenseBias(X)}, r"position.bias must broadcast to .* got \[2, 3"),
         ((X, X, X), {"position": DenseBias(torch.ones(5, 5).bool())}, "position.bias must be fl"),
     ],
@@ -358,11 +363,14 @@ def test_wrong_arguments_are_named(arguments, options, message):
 
 @pytest.mark.parametrize("shared_kib", [64, 99, 163, 227])
 @pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkdv"])
-def test_default_tiles_hold_their_operands_in_shared_memory(kernel, shared_kib):
+@pytest.mark.parametrize("kind", [None, "dense", "relative"])
+def test_default_tiles_hold_their_operands_in_shared_memory(kind, kernel, shared_kib):
     for head_dim in (1, 36, 64, 81, 128, 256):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for extra_terms in (False, True):
-                config = default_config(kernel, head_dim, dtype, extra_terms, shared_kib * 1024)
+            for has_dropout in (False, True):
+                config = default_config(
+                    kernel, head_dim, dtype, kind, has_dropout, shared_kib * 1024
+                )
                 assert config.block_d >= head_dim
                 assert min(config.block_m, config.block_n) >= 16
                 # the tensors that are walked over, in every stage of the pipeline

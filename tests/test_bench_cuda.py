@@ -41,7 +41,15 @@ CONV_CASES = (FRONT_END_CUDA, POSITIONAL_CUDA, CONV_MODULE_CUDA, DEPTHWISE_CUDA)
 PEER_POINT = Point("peers", {"M": 32, "K": 64, "N": 96, "gelu": 1}, "small")
 ATTENTION_POINTS = [
     Point(f"{kind} {b}", {"B": 2, "H": 2, "T": 37, "D": 16, "backward": b, kind: 1}, "small")
-    for kind in ("plain", "lengths", "dense bias")
+    for kind in (
+        "plain",
+        "lengths",
+        "dense bias",
+        "transformer-xl",
+        "relative key",
+        "bucketed",
+        "window",
+    )
     for b in (0, 1)
 ]
 NORM_POINTS = [

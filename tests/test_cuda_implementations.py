@@ -4,6 +4,7 @@ Dimension key: M rows, N output features, K input features; B batch, H heads, T 
 dimension.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import astuple
 from functools import partial
@@ -82,13 +83,29 @@ def conv1d_cases():
         yield "conv1d_backward", conv1d_op._cuda_backward, backward
 
 
+def natural_attention(*args):
+    out, lse = attention_op._cuda(*args)
+    return out, lse * math.log(2)  # each device keeps the logarithm that its kernels take
+
+
+def binary_attention_backward(*args):
+    return attention_op._cuda_backward(*args[:5], args[5] / math.log(2), *args[6:])
+
+
 def attention_cases():
     q, k, v, grad = (half(2, 3, 17, 16) for _ in range(4))
-    options = (torch.tensor([17, 9]), half(1, 3, 17, 17), None, 8, None, 0.0)
-    out, lse = torch.ops.lowbit.flash_attention(q, k, v, *options)
-    yield "flash_attention", attention_op._cuda, (q, k, v, *options)
-    backward = (grad, q, k, v, out, lse, *options, True)
-    yield "flash_attention_backward", attention_op._cuda_backward, backward
+    schemes = (
+        (None, None, None),
+        ("dense", half(1, 3, 17, 17), None),
+        ("offset", torch.randn(3, 17), half(2, 3, 17)),
+        ("relative", half(3, 33, 16), half(2, 3, 17, 16)),
+    )
+    for scheme in schemes:
+        options = (torch.tensor([17, 9]), *scheme, None, 8, None, 0.0)
+        out, lse = torch.ops.lowbit.flash_attention(q, k, v, *options)
+        yield "flash_attention", natural_attention, (q, k, v, *options)
+        backward = (grad, q, k, v, out, lse, *options, True)
+        yield "flash_attention_backward", binary_attention_backward, backward
 
 
 @pytest.mark.parametrize(

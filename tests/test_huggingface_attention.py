@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowbit_kernels import quantize
+from lowbit_kernels import dequantize, quantize
 from lowbit_kernels.integrations.huggingface_attention import lowbit_attention
 from lowbit_kernels.testing import assert_as_accurate
 from tests.families.models import FAMILIES, Family
@@ -63,6 +64,69 @@ def test_attention_ignores_padding(name: str) -> None:
     for i, inputs in enumerate(family.single_inputs()):
         alone = logits(model, inputs)[0]
         assert (batch[i, : len(alone)] - alone).abs().max() <= 1e-5
+
+
+class Kinds(TorchDispatchMode):
+    """The kinds of position schemes that flash_attention is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str | None] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.lowbit.flash_attention.default:
+            self.seen.add(args[4])
+        return func(*args, **(kwargs or {}))
+
+
+POSITIONS = {
+    "conformer-relative": ("relative", "pos_bias_u", "pos_bias_v"),
+    "wav2vec2-bert": ("relative", "distance_embedding"),
+    "parakeet": ("relative", "bias_u", "bias_v"),
+    "wavlm": ("offset", "rel_attn_embed", "gru_rel_pos_const", "gru_rel_pos_linear"),
+}
+
+
+def position_gradients(model: Any, inputs: dict[str, Tensor], name: str) -> Tensor:
+    """Of the parameters of a name in all layers, one after the other."""
+    parameters = [p for path, p in model.named_parameters() if name in path.split(".")]
+    logits = model(**inputs).logits
+    torch.manual_seed(1)
+    grad = torch.randn(logits.shape).to(logits.dtype)
+    leaves = [p.requires_grad_() for p in parameters]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(logits, leaves, grad)])
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_are_computed_in_the_kernel(name: str) -> None:
+    family, (kind, *names) = BY_NAME[name], POSITIONS[name]
+    model = family.build().eval()
+    quantize(model)
+    exact, plain = dequantize(copy.deepcopy(model)), copy.deepcopy(model)
+    if name == "wavlm":  # whose attention is always fused
+        plain = copy.deepcopy(exact)
+    else:
+        model.set_attn_implementation("lowbit")
+    inputs = family.full_inputs()
+    exact = exact.double()
+    for parameter in names:
+        with Kinds() as kinds:
+            found = position_gradients(model, inputs, parameter)
+        assert kinds.seen == {kind}
+        low = position_gradients(plain, inputs, parameter)
+        high = position_gradients(exact, _double(inputs), parameter)
+        assert_as_accurate(found, low, high, parameter)
+
+
+@pytest.mark.parametrize("name", ["conformer-relative", "wav2vec2-bert", "parakeet"])
+def test_other_implementations_stay_what_they_are(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    quantize(model)
+    model.set_attn_implementation("sdpa")
+    with Kinds() as kinds:
+        logits(model, family.full_inputs())
+    assert not kinds.seen
 
 
 def test_attention_without_its_mask_would_be_seen() -> None:

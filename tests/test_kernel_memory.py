@@ -87,18 +87,24 @@ def test_front_end(kind, inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("D", [16, 36])
-@pytest.mark.parametrize("extra_terms", [False, True])
-def test_attention(extra_terms, D):
+@pytest.mark.parametrize("kind", [None, "dense", "offset", "relative"])
+def test_attention(kind, D):
     from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
     from lowbit_kernels.attention.forward_kernel import flash_attention_triton
+    from lowbit_kernels.attention.position import Scheme
 
-    q, k, v, grad = torch.randn(4, 2, 70, 2, D, dtype=torch.float16).transpose(2, 3)
+    q, k, v, grad, rows = torch.randn(5, 2, 70, 2, D, dtype=torch.float16).transpose(2, 3)
     lengths = torch.tensor([70, 33])
-    bias = torch.randn(1, 2, 70, 70) if extra_terms else None
-    seed = torch.tensor([3]) if extra_terms else None
-    options = (lengths, bias, seed, 40 if extra_terms else None, 0.1, 0.2)
+    scheme = {
+        None: lambda: None,
+        "dense": lambda: Scheme("dense", torch.randn(1, 2, 70, 70)),
+        "offset": lambda: Scheme("offset", torch.randn(2, 81), torch.randn(2, 2, 70)),
+        "relative": lambda: Scheme("relative", torch.randn(2, 81, D, dtype=torch.float16), rows),
+    }[kind]()
+    seed = None if kind is None else torch.tensor([3])
+    options = (lengths, scheme, seed, None if kind is None else 40, 0.1, 0.2)
     out, lse = flash_attention_triton(q, k, v, *options)
-    flash_attention_backward_triton(grad, q, k, v, out, lse, *options, extra_terms)
+    flash_attention_backward_triton(grad, q, k, v, out, lse, *options, kind is not None)
 
 
 def test_masked_group_norm():

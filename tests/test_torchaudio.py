@@ -81,14 +81,20 @@ class WavLMSelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.dropout = H, E // H, 0.0
         self.attention = nn.MultiheadAttention(E, H, batch_first=True)
-        self.rel_attn_embed = nn.Embedding(16, H) if has_bias else None
+        self.num_buckets, self.max_distance = 16, 20
+        self.rel_attn_embed = nn.Embedding(self.num_buckets, H) if has_bias else None
         self.gru_rel_pos = True
         self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
         self.gru_rel_pos_const = nn.Parameter(torch.ones(1, H, 1, 1))
 
     def compute_bias(self, query_length: int, key_length: int) -> Tensor:
-        distance = torch.arange(key_length)[None] - torch.arange(query_length)[:, None]
-        return self.rel_attn_embed(distance.clamp(-8, 7) + 8).permute(2, 0, 1)
+        offsets = torch.arange(key_length)[None] - torch.arange(query_length)[:, None]
+        half = self.num_buckets // 2
+        distance, exact = offsets.abs(), half // 2
+        far = torch.log(distance.float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + far * (half - exact)).long().clamp(max=half - 1)
+        buckets = torch.where(distance < exact, distance, far) + half * (offsets > 0)
+        return self.rel_attn_embed(buckets).permute(2, 0, 1)
 
     def forward(
         self,

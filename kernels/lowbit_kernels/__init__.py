@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import lowbit_kernels.integrations  # noqa: F401
 
 if TYPE_CHECKING:
-    from lowbit_kernels.attention import DenseBias, flash_attention
+    from lowbit_kernels.attention import (
+        BucketedBias,
+        DenseBias,
+        RelativeKey,
+        TransformerXL,
+        flash_attention,
+    )
     from lowbit_kernels.checkpoint import (
         CheckpointError,
         inspect_checkpoint,
@@ -36,6 +42,7 @@ except PackageNotFoundError:  # a source tree on the path, without an installati
     __version__ = "unknown"
 
 _HOME = {
+    "BucketedBias": "attention",
     "CheckpointError": "checkpoint",
     "DenseBias": "attention",
     "LowbitConfig": "integrations.huggingface",
@@ -44,6 +51,8 @@ _HOME = {
     "QLinear": "modules",
     "QuantConfig": "formats",
     "QuantSpec": "formats",
+    "RelativeKey": "attention",
+    "TransformerXL": "attention",
     "capture_graphs": "conversion",
     "convert": "conversion.qat",
     "dequantize": "conversion",
@@ -59,6 +68,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BucketedBias",
     "CheckpointError",
     "DenseBias",
     "LowbitConfig",
@@ -67,6 +77,8 @@ __all__ = [
     "QLinear",
     "QuantConfig",
     "QuantSpec",
+    "RelativeKey",
+    "TransformerXL",
     "capture_graphs",
     "convert",
     "dequantize",

@@ -7,34 +7,54 @@ import torch
 
 from bench.static.compile import AotCase
 from bench.static.gpus import GPUS
-from lowbit_kernels.attention.config import default_config, input_precision
+from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM, default_config, input_precision
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-KERNELS = ("forward", "backward_dq", "backward_dkdv")
-PROBLEMS = [  # dtype, D, whether the scores have a bias, dropout and a window
-    ("bf16", 64, False),
-    ("bf16", 128, False),
-    ("bf16", 256, False),
-    ("fp16", 36, True),
-    ("bf16", 64, True),
-    ("bf16", 81, True),
-    ("bf16", 128, True),
-    ("bf16", 256, True),
-    ("fp32", 64, True),
-    ("fp32", 128, True),
-    ("fp32", 256, True),
+KERNELS = ("forward", "backward_dq", "backward_dkdv", "offsets")
+PROBLEMS = [  # dtype, D, kind of the position scheme, whether there are dropout and a window
+    ("bf16", 64, None, False),
+    ("bf16", 128, None, False),
+    ("bf16", 256, None, False),
+    ("fp16", 36, "dense", True),
+    ("bf16", 64, "dense", True),
+    ("bf16", 81, "dense", True),
+    ("bf16", 128, "dense", True),
+    ("bf16", 256, "dense", True),
+    ("fp32", 64, "dense", True),
+    ("fp32", 128, "dense", True),
+    ("fp32", 256, "dense", True),
+    ("bf16", 64, "offset", True),
+    ("bf16", 80, "offset", False),
+    ("fp32", 64, "offset", True),
+    ("bf16", 64, "relative", False),
+    ("bf16", 128, "relative", False),
+    ("fp16", 36, "relative", True),
+    ("bf16", 64, "relative", True),
+    ("bf16", 81, "relative", True),
+    ("bf16", 256, "relative", True),
+    ("fp32", 64, "relative", True),
+    ("fp32", 128, "relative", True),
+    ("fp32", 256, "relative", True),
 ]
+
+
+def is_served(kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool) -> bool:
+    """Whether the kernel has such a problem."""
+    if kind not in ("offset", "relative"):
+        return kernel != "offsets"
+    return dtype != "fp32" or kernel == "forward" or head_dim <= MAX_FP32_HEAD_DIM
 
 
 def load_kernel(kernel: str) -> Callable[[], Any]:
     def load() -> Any:
-        from lowbit_kernels.attention import backward_kernel, forward_kernel
+        from lowbit_kernels.attention import backward_kernel, forward_kernel, offsets_kernel
 
         return {
             "forward": forward_kernel._flash_attention_fwd_kernel,
             "backward_delta": backward_kernel._flash_attention_bwd_delta_kernel,
             "backward_dq": backward_kernel._flash_attention_bwd_dq_kernel,
             "backward_dkdv": backward_kernel._flash_attention_bwd_dkdv_kernel,
+            "offsets": offsets_kernel._flash_attention_bwd_offsets_kernel,
         }[kernel]
 
     return load
@@ -44,49 +64,70 @@ def strides(names: str) -> dict[str, str]:
     return {f"stride_{name}": "i32" for name in names.split()}
 
 
-def scores_case(target: str, kernel: str, dtype: str, head_dim: int, everything: bool) -> AotCase:
+def scores_case(
+    target: str, kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool
+) -> AotCase:
     config = default_config(
-        kernel, head_dim, DTYPES[dtype], everything, GPUS[target].program_shared_bytes
+        kernel, head_dim, DTYPES[dtype], kind, everything, GPUS[target].program_shared_bytes
     )
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}
     pointers |= {"lengths_ptr": "*i64", "lse_ptr": "*fp32"}
     head_strides = strides("qb qh qt kb kh kt vb vh vt ob oh ot")
-    constants: dict[str, Any] = {"bias_ptr": None, "seed_ptr": None, "window": None}
-    signature = {"H": "i32", "T": "i32", "scale": "fp32", "dropout_p": "fp32"}
+    constants: dict[str, Any] = {"KIND": kind}
+    signature = {"H": "i32", "T": "i32", "scale": "fp32", "dropout_p": "fp32", "largest": "i32"}
     if everything:
-        constants = {}
-        pointers |= {"bias_ptr": f"*{dtype}", "seed_ptr": "*i64"}
+        pointers["seed_ptr"] = "*i64"
         signature["window"] = "i32"
+    else:
+        constants |= {"seed_ptr": None, "window": None}
+    names = {None: "", "dense": "table", "offset": "table rows", "relative": "table rows"}[kind]
+    for name in ("table", "rows"):
+        if name in names.split():
+            pointers[f"{name}_ptr"] = f"*{dtype}"
+        else:
+            constants[f"{name}_ptr"] = None
+    gradients = {
+        "forward": "", "backward_dkdv": "dk dv",
+        "backward_dq": {"dense": "dq dtable", "relative": "dq drows"}.get(str(kind), "dq"),
+        "offsets": "dtable",
+    }[kernel].split()  # fmt: skip
     if kernel == "forward":
         pointers["out_ptr"] = f"*{dtype}"
     else:
         pointers |= {"grad_ptr": f"*{dtype}", "delta_ptr": "*fp32"}
         head_strides |= strides("gb gh gt")
-    if kernel == "backward_dkdv":
-        pointers |= {"dk_ptr": f"*{dtype}", "dv_ptr": f"*{dtype}"}
+    pointers |= {f"{name}_ptr": f"*{dtype}" for name in gradients}
+    if "dtable" in gradients:
+        pointers["dtable_ptr"] = "*fp32"
     if kernel == "backward_dq":
-        pointers["dq_ptr"] = f"*{dtype}"
-        if everything:
-            pointers["dbias_ptr"] = "*fp32"
-        else:
-            constants["dbias_ptr"] = None
-    constants |= {
+        if kind == "offset":
+            pointers["drows_ptr"] = "*fp32"
+        constants |= {f"{n}_ptr": None for n in ("dtable", "drows") if f"{n}_ptr" not in pointers}
+    if kernel == "offsets":
+        blocks = {"BLOCK": config.block_n}
+        head_strides = {n: t for n, t in head_strides.items() if not n.startswith("stride_o")}
+    else:
+        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    constants |= blocks | {
         "D": head_dim,
         "BLOCK_D": config.block_d,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "INPUT_PRECISION": input_precision(DTYPES[dtype]),
     }
-    # sm_90's wgmma takes 64 rows a warp group
+    # inputs are padded to features that make it so; a dense bias may begin anywhere
+    multiples = [name for name in head_strides if head_dim % 16 == 0 or "_o" not in name]
+    if kind == "relative":
+        multiples += strides("ab ah aq rb rh rt")
+    terms = (f"-{kind}" if kind else "") + "-everything" * everything
+    # sm_90's wgmma takes 64 rows a warp group; a band of offsets has as many as queries and keys
     rows = config.block_n if kernel == "backward_dkdv" else config.block_m
+    rows *= 2 if kernel == "backward_dkdv" and kind == "relative" else 1
     instruction = "mma" if rows >= 64 else "mma_sync"
     return AotCase(
-        name=f"attention-{kernel}-{dtype}-d{head_dim}{'-everything' * everything}-{target}",
+        name=f"attention-{kernel}-{dtype}-d{head_dim}{terms}-{target}",
         kernel=load_kernel(kernel),
-        signature=pointers | signature | head_strides | strides("ab ah aq ak"),
+        signature=pointers | signature | head_strides | strides("ab ah aq ak rb rh rt"),
         constexprs=constants,
-        # heads of 8 features start on 16 bytes; frames of a bias need not
-        aligned=(*pointers, *(head_strides if head_dim % 16 == 0 else ())),
+        aligned=(*pointers, *multiples),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         expect=None if dtype == "fp32" else instruction,
         targets=(target,),
@@ -112,5 +153,6 @@ CASES = [
         for target in GPUS
         for kernel in KERNELS
         for problem in PROBLEMS
+        if is_served(kernel, *problem)
     ),
 ]

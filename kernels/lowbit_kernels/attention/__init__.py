@@ -1,7 +1,21 @@
-"""Bidirectional self-attention with key lengths, a local window and a position bias."""
+"""Bidirectional self-attention with key lengths, a local window and position schemes."""
 
 from lowbit_kernels.attention.op import flash_attention
-from lowbit_kernels.attention.position import DenseBias
+from lowbit_kernels.attention.position import (
+    BucketedBias,
+    DenseBias,
+    Position,
+    RelativeKey,
+    TransformerXL,
+)
 from lowbit_kernels.attention.reference import flash_attention_reference
 
-__all__ = ["DenseBias", "flash_attention", "flash_attention_reference"]
+__all__ = [
+    "BucketedBias",
+    "DenseBias",
+    "Position",
+    "RelativeKey",
+    "TransformerXL",
+    "flash_attention",
+    "flash_attention_reference",
+]

@@ -1,6 +1,7 @@
 """Triton kernels of flash_attention's backward: no atomics, so the same bits every time.
 
-One program owns a tile of queries (dq and the bias's gradient), or of keys (dk and dv).
+One program owns a tile of queries (dq, a dense bias's gradient and those of gates or of queries
+that score offsets), or of keys (dk and dv); ``offsets_kernel.py`` differentiates tables of offsets.
 
 Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
 """
@@ -12,15 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.attention.config import default_config, input_precision, shared_bytes
-from lowbit_kernels.attention.forward_kernel import bias_strides, empty_heads, rows
+from lowbit_kernels.attention.forward_kernel import empty_heads, rows, scheme_arguments
+from lowbit_kernels.attention.offsets_kernel import offsets_gradient_triton
+from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.attention.scores_kernel import (
+    LN_2,
     LOG2_E,
-    add_bias,
+    PAD_TO,
     kept_by_dropout,
+    keys_of_offsets,
+    load_bias,
     load_frames,
     load_length,
+    load_offsets,
+    offsets_of_keys,
     score_ptrs,
     store_frames,
+    table_of,
     tile_and_head,
     visible,
     visible_range,
@@ -43,17 +52,20 @@ def _flash_attention_bwd_delta_kernel(
     tl.store(delta_ptr + bh.to(tl.int64) * T + offs_m, tl.sum(out * grad, 1), mask=offs_m < T)
 
 
-@triton.jit(do_not_specialize=["T", "window"])
+@triton.jit(do_not_specialize=["T", "window", "largest"])
 def _flash_attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, bias_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
-    dq_ptr, dbias_ptr,
-    H, T, window, scale, dropout_p,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    dq_ptr, dtable_ptr, drows_ptr,
+    H, T, window, scale, dropout_p, largest,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
-    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    stride_rb, stride_rh, stride_rt, stride_gb, stride_gh, stride_gt,
+    stride_ob, stride_oh, stride_ot,
+    KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
+    IS_RELATIVE: tl.constexpr = KIND == "relative"
+    D_IN: tl.constexpr = (D + PAD_TO - 1) // PAD_TO * PAD_TO
     start_m, bh = tile_and_head(T, BLOCK_M)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     row = bh.to(tl.int64) * T
@@ -62,54 +74,89 @@ def _flash_attention_bwd_dq_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     grad_ptr += b * stride_gb + h * stride_gh
-    if bias_ptr is not None:
-        bias_ptr += b * stride_ab + h * stride_ah
+    table_ptr = table_of(table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = load_frames(q_ptr, offs_m, stride_qt, length, D, BLOCK_D)
-    grad = load_frames(grad_ptr, offs_m, stride_gt, length, D, BLOCK_D)
-    lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0) * LOG2_E
+    q = load_frames(q_ptr, offs_m, stride_qt, length, D_IN, BLOCK_D)
+    grad = load_frames(grad_ptr, offs_m, stride_gt, length, D_IN, BLOCK_D)
+    lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0)
     delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     lo, hi = visible_range(start_m, length, window, BLOCK_M, BLOCK_N)
+    if rows_ptr is not None:
+        rows_ptr += b * stride_rb + h * stride_rh
+        if IS_RELATIVE:
+            rows = load_frames(rows_ptr, offs_m, stride_rt, length, D_IN, BLOCK_D)
+            drows = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        else:
+            gate = tl.load(rows_ptr + offs_m * stride_rt, mask=offs_m < length, other=0.0)
+            gate = gate.to(tl.float32)
+            dgate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_frames(k_ptr, offs_n, stride_kt, length, D, BLOCK_D)
-        v = load_frames(v_ptr, offs_n, stride_vt, length, D, BLOCK_D)
+        k = load_frames(k_ptr, offs_n, stride_kt, length, D_IN, BLOCK_D)
+        v = load_frames(v_ptr, offs_n, stride_vt, length, D_IN, BLOCK_D)
         offs_q, offs_k = offs_m[:, None], offs_n[None, :]
         mask = visible(offs_q, offs_k, length, window)
-        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * (scale * LOG2_E)
-        scores = add_bias(
-            scores, bias_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
-        )
+        scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if IS_RELATIVE:
+            start = start_n - start_m - BLOCK_M
+            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, 2 * BLOCK_M)
+            band = tl.dot(rows, tl.trans(keys), input_precision=INPUT_PRECISION)
+            scores = keys_of_offsets(band, BLOCK_M, False)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=INPUT_PRECISION)
+        scores *= scale * LOG2_E
+        if KIND is not None and not IS_RELATIVE:
+            bias = load_bias(
+                table_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
+            )
+            scores += bias if rows_ptr is None else bias * gate[:, None]
         probs = tl.where(mask, tl.exp2(scores - lse[:, None]), 0.0)
         grad_probs = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)
         if seed_ptr is not None:
             keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
             grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
         grad_scores = probs * (grad_probs - delta[:, None])
-        if dbias_ptr is not None:
-            ptrs = score_ptrs(dbias_ptr + row * T, start_m, start_n, offs_q, offs_k, T, 1)
+        if dtable_ptr is not None:
+            ptrs = score_ptrs(dtable_ptr + row * T, start_m, start_n, offs_q, offs_k, T, 1)
             tl.store(ptrs, grad_scores, mask=mask)
         dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+        if IS_RELATIVE:
+            first, second = offsets_of_keys(grad_scores.to(keys.dtype), BLOCK_M)
+            start = start_n - start_m
+            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M)
+            drows = tl.dot(second, keys, drows, input_precision=INPUT_PRECISION)
+            start -= BLOCK_M
+            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M)
+            drows = tl.dot(first, keys, drows, input_precision=INPUT_PRECISION)
+        elif rows_ptr is not None:
+            dgate += grad_scores * bias
 
     dq_ptr += b * stride_ob + h * stride_oh
     store_frames(dq_ptr, offs_m, stride_ot, dq * scale, T, D, BLOCK_D)
+    if IS_RELATIVE:
+        drows_ptr += b * stride_ob + h * stride_oh
+        store_frames(drows_ptr, offs_m, stride_ot, drows * scale, T, D, BLOCK_D)
+    elif rows_ptr is not None:
+        tl.store(drows_ptr + row + offs_m, tl.sum(dgate, 1) * LN_2, mask=offs_m < T)
 
 
-@triton.jit(do_not_specialize=["T", "window"])
+@triton.jit(do_not_specialize=["T", "window", "largest"])
 def _flash_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, bias_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr,
-    H, T, window, scale, dropout_p,
+    H, T, window, scale, dropout_p, largest,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
-    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    stride_rb, stride_rh, stride_rt, stride_gb, stride_gh, stride_gt,
+    stride_ob, stride_oh, stride_ot,
+    KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
+    IS_RELATIVE: tl.constexpr = KIND == "relative"
+    D_IN: tl.constexpr = (D + PAD_TO - 1) // PAD_TO * PAD_TO
     start_n, bh = tile_and_head(T, BLOCK_N)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     row = bh.to(tl.int64) * T
@@ -118,30 +165,43 @@ def _flash_attention_bwd_dkdv_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     grad_ptr += b * stride_gb + h * stride_gh
-    if bias_ptr is not None:
-        bias_ptr += b * stride_ab + h * stride_ah
+    table_ptr = table_of(table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND)
+    if rows_ptr is not None:
+        rows_ptr += b * stride_rb + h * stride_rh
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_frames(k_ptr, offs_n, stride_kt, length, D, BLOCK_D)
-    v = load_frames(v_ptr, offs_n, stride_vt, length, D, BLOCK_D)
+    k = load_frames(k_ptr, offs_n, stride_kt, length, D_IN, BLOCK_D)
+    v = load_frames(v_ptr, offs_n, stride_vt, length, D_IN, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     lo, hi = visible_range(start_n, length, window, BLOCK_N, BLOCK_M)
     for start_m in range(lo, hi, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_frames(q_ptr, offs_m, stride_qt, length, D, BLOCK_D)
-        grad = load_frames(grad_ptr, offs_m, stride_gt, length, D, BLOCK_D)
-        lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
+        q = load_frames(q_ptr, offs_m, stride_qt, length, D_IN, BLOCK_D)
+        grad = load_frames(grad_ptr, offs_m, stride_gt, length, D_IN, BLOCK_D)
         # everything is transposed, [BLOCK_N, BLOCK_M], so that no product transposes a result
         offs_q, offs_k = offs_m[None, :], offs_n[:, None]
         mask = visible(offs_q, offs_k, length, window)
-        scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * (scale * LOG2_E)
-        scores = add_bias(
-            scores, bias_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
-        )
+        scores = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        if IS_RELATIVE:
+            rows = load_frames(rows_ptr, offs_m, stride_rt, length, D_IN, BLOCK_D)
+            start = start_n - start_m - BLOCK_M
+            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, 2 * BLOCK_M)
+            band = tl.dot(keys, tl.trans(rows), input_precision=INPUT_PRECISION)
+            scores = keys_of_offsets(band, BLOCK_M, True)
+        scores = tl.dot(k, tl.trans(q), scores, input_precision=INPUT_PRECISION)
+        scores *= scale * LOG2_E
+        if KIND is not None and not IS_RELATIVE:
+            bias = load_bias(
+                table_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
+            )
+            if rows_ptr is not None:
+                gate = tl.load(rows_ptr + offs_m * stride_rt, mask=offs_m < length, other=0.0)
+                bias *= gate.to(tl.float32)[None, :]
+            scores += bias
+        lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0)
         probs = tl.where(mask, tl.exp2(scores - lse[None, :]), 0.0)
         grad_probs = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)
         dropped = probs
@@ -150,6 +210,7 @@ def _flash_attention_bwd_dkdv_kernel(
             dropped = tl.where(keep, probs / (1.0 - dropout_p), 0.0)
             grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
+        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
         grad_scores = probs * (grad_probs - delta[None, :])
         dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
 
@@ -157,6 +218,9 @@ def _flash_attention_bwd_dkdv_kernel(
     dv_ptr += b * stride_ob + h * stride_oh
     store_frames(dk_ptr, offs_n, stride_ot, dk * scale, T, D, BLOCK_D)
     store_frames(dv_ptr, offs_n, stride_ot, dv, T, D, BLOCK_D)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def flash_attention_backward_triton(
@@ -167,23 +231,33 @@ def flash_attention_backward_triton(
     out: Tensor,
     lse: Tensor,
     lengths: Tensor | None,
-    bias: Tensor | None,
+    scheme: Scheme | None,
     seed: Tensor | None,
     window: int | None,
     scale: float,
     dropout_p: float,
-    needs_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernels on tensors of the forward. op.py has checked the inputs."""
+    needs_table: bool,
+) -> Gradients:
+    """Launch the kernels on tensors of the forward. op.py has checked the inputs.
+
+    Returns:
+        The gradients of q, k, v, and of the scheme's table and rows: [0] where there are none, or
+        the table's is not needed.
+    """
     B, H, T, D = q.shape
     dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
-    grad_scores = None
-    if bias is not None and needs_bias_grad:
+    kind = None if scheme is None else scheme.kind
+    has_rows = scheme is not None and scheme.rows is not None
+    dtable, drows = q.new_empty(0), q.new_empty(0)
+    if has_rows:
+        drows = empty_heads(q) if kind == "relative" else lse.new_empty(B, H, T)
+    needs_dense = kind == "dense" and needs_table
+    if needs_dense:
         # zeros: tiles that no query sees are not visited
-        grad_scores = torch.zeros(B, H, T, T, device=q.device, dtype=torch.float32)
+        dtable = lse.new_zeros(B, H, T, T)
     if q.numel() > 0:
         q, k, v, grad_out = rows(q), rows(k), rows(v), rows(grad_out)
-        problem = (D, q.dtype, bias is not None or seed is not None, shared_bytes(q.device))
+        problem = (D, q.dtype, kind, seed is not None, shared_bytes(q.device))
         dq_config = default_config("backward_dq", *problem)
         dkdv_config = default_config("backward_dkdv", *problem)
         delta = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
@@ -192,24 +266,29 @@ def flash_attention_backward_triton(
             out, grad_out, delta, H, T, *out.stride()[:3], *grad_out.stride()[:3],
             D=D, BLOCK_D=dq_config.block_d, BLOCK_M=block_m, num_warps=4,
         )  # fmt: skip
-        tensors = (q, k, v, lengths, bias, seed, grad_out, lse, delta)
-        options = (H, T, None if window is None else min(window, T), scale, dropout_p)
+        of_scheme, largest, strides = scheme_arguments(scheme, q)
+        tensors = (q, k, v, lengths, *of_scheme, seed, grad_out, lse, delta)
+        options = (H, T, None if window is None else min(window, T), scale, dropout_p, largest)
         strides = (
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides(bias, q),
-            *grad_out.stride()[:3], *dq.stride()[:3],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *grad_out.stride()[:3],
         )  # fmt: skip
         _flash_attention_bwd_dq_kernel[(triton.cdiv(T, dq_config.block_m) * B * H,)](
-            *tensors, dq, grad_scores, *options, *strides,
-            D=D, BLOCK_D=dq_config.block_d, BLOCK_M=dq_config.block_m,
+            *tensors, dq, dtable if needs_dense else None, drows if has_rows else None,
+            *options, *strides, *dq.stride()[:3],
+            KIND=kind, D=D, BLOCK_D=dq_config.block_d, BLOCK_M=dq_config.block_m,
             BLOCK_N=dq_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
         )  # fmt: skip
         _flash_attention_bwd_dkdv_kernel[(triton.cdiv(T, dkdv_config.block_n) * B * H,)](
-            *tensors, dk, dv, *options, *strides,
-            D=D, BLOCK_D=dkdv_config.block_d, BLOCK_M=dkdv_config.block_m,
+            *tensors, dk, dv, *options, *strides, *dq.stride()[:3],
+            KIND=kind, D=D, BLOCK_D=dkdv_config.block_d, BLOCK_M=dkdv_config.block_m,
             BLOCK_N=dkdv_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=dkdv_config.num_warps, num_stages=dkdv_config.num_stages,
         )  # fmt: skip
-    if bias is None or grad_scores is None:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)
+        if scheme is not None and needs_table and not needs_dense:
+            dtable = offsets_gradient_triton(B, tensors, scheme, options, strides, problem)
+    if scheme is not None and scheme.rows is not None:
+        drows = drows.to(scheme.rows.dtype)
+    if scheme is not None and needs_table:
+        dtable = dtable.sum_to_size(scheme.table.shape).to(scheme.table.dtype)
+    return dq, dk, dv, dtable, drows

@@ -8,7 +8,14 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit_kernels.attention.position import DenseBias
+from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM
+from lowbit_kernels.attention.position import (
+    BucketedBias,
+    DenseBias,
+    Position,
+    RelativeKey,
+    TransformerXL,
+)
 from lowbit_kernels.checks import check_dtype, check_lengths
 
 MAX_HEAD_DIM = 256
@@ -57,23 +64,93 @@ def check_options(
     if window is not None and (type(window) is bool or not isinstance(window, int) or window < 0):
         raise ValueError(f"window must be an int >= 0 (frames each side) or None, got {window}")
     # math.isfinite cannot be traced with a scale that torch.compile made symbolic
-    if scale is not None and not abs(scale) < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def dense_bias(q: Tensor, position: DenseBias | None) -> Tensor | None:
-    """The bias of ``position`` as [B or 1, H or 1, T or 1, T or 1].
+def check_position(q: Tensor, position: Position | None, window: int | None) -> None:
+    """Refuse a position scheme whose tensors do not fit q.
 
     Raises:
-        ValueError: on another position, or a bias that does not fit q.
+        ValueError: naming the argument, the rule and what was received.
     """
+    (B, H, T, D), name = q.shape, type(position).__name__
     if position is None:
-        return None
-    if not isinstance(position, DenseBias):
-        raise ValueError(f"position must be None or DenseBias, got {type(position).__name__}")
-    bias, scores = position.bias, (*q.shape[:3], q.shape[2])
+        return
+    if isinstance(position, DenseBias):
+        _check_dense(q, position.bias)
+    elif isinstance(position, BucketedBias):
+        _check_tensor(q, "table", position.table, "[buckets, H]", (None, H))
+        buckets = position.table.shape[0]
+        if buckets % 2 or buckets < 4:
+            raise ValueError(f"position.table must have an even number >= 4 rows, got {buckets}")
+        if not position.max_distance > buckets // 4:
+            raise ValueError(
+                f"position.max_distance must be above a quarter of {buckets} buckets, "
+                f"got {position.max_distance}"
+            )
+        if position.gate is not None:
+            _check_tensor(q, "gate", position.gate, "[B, H, T]", (B, H, T))
+    elif isinstance(position, RelativeKey):
+        _check_tensor(q, "table", position.table, "[positions, D]", (None, D), like_q=True)
+        if not 0 <= position.left < position.table.shape[0]:
+            raise ValueError(
+                f"position.left must be 0 to {position.table.shape[0] - 1}, got {position.left}"
+            )
+    elif isinstance(position, TransformerXL):
+        heads = 1 if position.keys.shape[:1] == (1,) else H
+        _check_tensor(q, "keys", position.keys, "[H or 1, 2 R + 1, D]", (heads, None, D), True)
+        for bias in ("content_bias", "position_bias"):
+            _check_tensor(q, bias, getattr(position, bias), "[H, D]", (H, D))
+        count, needed = position.keys.shape[1], T - 1 if window is None else min(window, T - 1)
+        if count % 2 == 0 or count // 2 < needed:
+            raise ValueError(
+                f"position.keys must have 2 R + 1 offsets with R >= {needed} "
+                f"(T - 1, or the window), got {count}"
+            )
+    else:
+        raise ValueError(
+            "position must be None, DenseBias, BucketedBias, RelativeKey or TransformerXL, "
+            f"got {name}"
+        )
+
+
+def check_offsets_gradient(q: Tensor, *others: Tensor) -> None:
+    """Refuse what the kernels of the backward with a table of offsets do not serve.
+
+    Raises:
+        NotImplementedError: naming what is served.
+    """
+    D, trains = q.shape[-1], any(x.requires_grad for x in (q, *others))
+    is_large = q.is_cuda and q.dtype == torch.float32 and D > MAX_FP32_HEAD_DIM
+    if is_large and trains and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"in fp32 on CUDA, gradients with a table of offsets are served up to D = "
+            f"{MAX_FP32_HEAD_DIM}, got {D}: use autocast, 16 bits or a DenseBias"
+        )
+
+
+def _check_tensor(
+    q: Tensor, name: str, x: Tensor, said: str, shape: tuple[int | None, ...], like_q: bool = False
+) -> None:
+    fits = x.dim() == len(shape) and all(
+        size in (None, actual) for size, actual in zip(shape, x.shape, strict=False)
+    )
+    if not fits:
+        wanted = ["any" if size is None else size for size in shape]
+        raise ValueError(f"position.{name} must be {said} = {wanted}, got {list(x.shape)}")
+    dtype = q.dtype if like_q and not torch.is_autocast_enabled(q.device.type) else None
+    if x.device != q.device or not x.is_floating_point() or dtype not in (None, x.dtype):
+        kind = "floating point" if dtype is None else f"{dtype} as q"
+        raise ValueError(
+            f"position.{name} must be {kind} on {q.device}, got {x.dtype} on {x.device}"
+        )
+
+
+def _check_dense(q: Tensor, bias: Tensor) -> None:
+    scores = (*q.shape[:3], q.shape[2])
     if not bias.is_floating_point() or bias.device != q.device:
         raise ValueError(
             f"position.bias must be floating point on {q.device} (a boolean mask is served by "
@@ -87,4 +164,3 @@ def dense_bias(q: Tensor, position: DenseBias | None) -> Tensor | None:
         raise ValueError(
             f"position.bias must broadcast to [B, H, T, T] = {list(scores)}, got {list(bias.shape)}"
         )
-    return bias[(None,) * (4 - bias.dim())]

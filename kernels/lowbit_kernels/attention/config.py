@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Kernel = Literal["forward", "backward_dq", "backward_dkdv"]
+Kernel = Literal["forward", "backward_dq", "backward_dkdv", "offsets"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class TileConfig:
 
 # below this much shared memory (sm_89, sm_120, gfx942) the large tiles do not fit
 LARGE_TILE_SHARED_BYTES = 160 * 1024
+# of sm_90 and later, whose matrix units read both operands there
+WGMMA_SHARED_BYTES = 200 * 1024
 
 # by kernel and the largest padded D: block_m, block_n, num_warps, num_stages
 _LARGE = {
@@ -31,8 +33,7 @@ _LARGE = {
     "backward_dq": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     "backward_dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 32, 8, 2)},
 }
-# a bias's addresses, dropout's random numbers and loads of unaligned frames take the registers
-# that a large tile needs
+# a bias's addresses and dropout's random numbers take the registers that a large tile needs
 _SMALL = {
     "forward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
     "backward_dq": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
@@ -44,6 +45,30 @@ _FP32 = {
     "backward_dq": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
     "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
+# of tables of offsets, as many queries as keys: block, num_warps, num_stages
+_RELATIVE_LARGE = {
+    "forward": {64: (64, 4, 2), 128: (64, 4, 1), 256: (32, 4, 1)},
+    "backward_dq": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+    "backward_dkdv": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+    "offsets": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+}
+_RELATIVE_SMALL = {
+    "forward": {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
+    "backward_dq": {64: (32, 4, 2), 128: (32, 4, 1), 256: (32, 8, 1)},
+    "backward_dkdv": {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+    "offsets": {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+}
+_RELATIVE_SMALLEST = {
+    kernel: tiles | {256: (16, 4, 1)} for kernel, tiles in _RELATIVE_SMALL.items()
+}
+_RELATIVE_FP32 = {
+    "forward": {64: (32, 8, 2), 128: (16, 4, 1), 256: (16, 4, 1)},
+    "backward_dq": {64: (16, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    "backward_dkdv": {64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    "offsets": {64: (16, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+}
+# operands of fp32 come through registers, which the gradients of larger heads overflow
+MAX_FP32_HEAD_DIM = 64
 # AMD's 64 KB and 64-lane warps: the backward spills with the tiles above
 SMALLEST_SHARED_BYTES = 80 * 1024
 _SMALLEST = _SMALL | {
@@ -57,7 +82,12 @@ _SMALLEST_FP32 = _FP32 | {
 
 
 def default_config(
-    kernel: Kernel, head_dim: int, dtype: torch.dtype, extra_terms: bool, shared_bytes: int
+    kernel: Kernel,
+    head_dim: int,
+    dtype: torch.dtype,
+    kind: str | None,
+    has_dropout: bool,
+    shared_bytes: int,
 ) -> TileConfig:
     """The tile for a problem on a GPU.
 
@@ -65,22 +95,40 @@ def default_config(
         kernel: which kernel.
         head_dim: D, at most 256.
         dtype: of q, k and v.
-        extra_terms: whether the scores have a bias or dropout.
+        kind: of the position scheme, see ``position.Scheme``.
+        has_dropout: whether weights are dropped.
         shared_bytes: the shared memory that one program may use.
     """
     is_fp32 = dtype == torch.float32
+    # tl.dot takes powers of two, 16 at least
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    if kind == "relative" or kernel == "offsets":
+        relative = _relative_tiles(kernel, is_fp32, has_dropout, shared_bytes)
+        block, num_warps, num_stages = relative[kernel][max(64, block_d)]
+        return TileConfig(block, block, block_d, num_warps, num_stages)
+    extra_terms = kind is not None or has_dropout
     if shared_bytes < SMALLEST_SHARED_BYTES:
         table = _SMALLEST_FP32 if is_fp32 else _SMALLEST
     elif is_fp32:
         table = _FP32
-    elif extra_terms or head_dim % 16 or shared_bytes < LARGE_TILE_SHARED_BYTES:
+    elif extra_terms or shared_bytes < LARGE_TILE_SHARED_BYTES:
         table = _SMALL
     else:
         table = _LARGE
-    # tl.dot takes powers of two, 16 at least
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
     block_m, block_n, num_warps, num_stages = table[kernel][max(64, block_d)]
     return TileConfig(block_m, block_n, block_d, num_warps, num_stages)
+
+
+def _relative_tiles(
+    kernel: Kernel, is_fp32: bool, has_dropout: bool, shared_bytes: int
+) -> dict[str, dict[int, tuple[int, int, int]]]:
+    if is_fp32:
+        return _RELATIVE_FP32
+    if shared_bytes < SMALLEST_SHARED_BYTES:
+        return _RELATIVE_SMALLEST
+    # a backward of large tiles spills where wgmma does not take operands from shared memory
+    enough = LARGE_TILE_SHARED_BYTES if kernel == "forward" else WGMMA_SHARED_BYTES
+    return _RELATIVE_SMALL if has_dropout or shared_bytes < enough else _RELATIVE_LARGE
 
 
 def shared_bytes(device: torch.device) -> int:

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_kernels.attention.checks import check_heads, check_options, dense_bias
+from lowbit_kernels.attention.checks import (
+    check_heads,
+    check_offsets_gradient,
+    check_options,
+    check_position,
+)
 from lowbit_kernels.attention.dispatch import (
     FLASH_ATTN_INSTALLED,
     choose_backend,
     flash_attn_backend,
 )
-from lowbit_kernels.attention.position import DenseBias
+from lowbit_kernels.attention.position import Position, Scheme, resolve
 from lowbit_kernels.attention.reference import (
     attention_mask,
     flash_attention_backward_reference,
@@ -25,14 +30,15 @@ from lowbit_kernels.device import implement_on_cuda
 
 torch.library.define(
     "lowbit::flash_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? bias, Tensor? seed, int? window, "
-    "float? scale, float dropout_p) -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, str? kind, Tensor? table, Tensor? rows, "
+    "Tensor? seed, int? window, float? scale, float dropout_p) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "lowbit::flash_attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lengths, "
-    "Tensor? bias, Tensor? seed, int? window, float? scale, float dropout_p, "
-    "bool needs_bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "str? kind, Tensor? table, Tensor? rows, Tensor? seed, int? window, float? scale, "
+    "float dropout_p, bool needs_table) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, Tensor drows)",
 )
 
 
@@ -42,13 +48,24 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.register_fake("lowbit::flash_attention_backward")
-def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, q, _, _, _, _, _, bias, *_, needs_bias_grad = args
+def _fake_backward(*args: Any) -> Gradients:
+    _, q, _, _, _, _, _, kind, table, rows, *_, needs_table = args
     dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
-    if bias is None or not needs_bias_grad:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, bias.new_empty(bias.shape)
+    if kind == "relative":
+        drows = empty_heads(q)
+    else:
+        drows = q.new_empty(0) if rows is None else rows.new_empty(rows.shape)
+    if table is None or not needs_table:
+        return dq, dk, dv, q.new_empty(0), drows
+    return dq, dk, dv, table.new_empty(table.shape), drows
+
+
+def _scheme(kind: str | None, table: Tensor | None, rows: Tensor | None) -> Scheme | None:
+    return None if kind is None or table is None else Scheme(kind, table, rows)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -90,11 +107,12 @@ def _cpu_bias(
 
 @torch.library.impl("lowbit::flash_attention", "cpu")
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, lengths, bias, seed, window, scale, dropout_p = args
+    q, k, v, lengths, *position, seed, window, scale, dropout_p = args
     scale = _scale(q, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         return empty_heads(q), q.new_empty(q.shape[:3], dtype=wide)
+    bias = _cpu_scores(q, _scheme(*position), scale)
     if _cpu_native(q):
         drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
         native = attention_cpu(q, k, v, lengths, bias, window, scale, *drop)
@@ -121,46 +139,68 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("lowbit::flash_attention_backward", "cpu")
-def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_out, q, k, v, out, lse, *options, needs_bias_grad = args
-    lengths, bias, seed, window, scale, dropout_p = options
-    scale = _scale(q, scale)
+def _cpu_backward(*args: Any) -> Gradients:
+    grad_out, q, k, v, out, lse, lengths, *position, seed, window, scale, dropout_p, needs = args
+    scale, scheme = _scale(q, scale), _scheme(*position)
+    bias = _cpu_scores(q, scheme, scale)
+    needs_scores = scheme is not None and (needs or scheme.rows is not None)
     if _cpu_native(q):
         drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
         native = attention_backward_cpu(
-            grad_out, q, k, v, out, lse, lengths, bias, window, scale, *drop, needs_bias_grad
+            grad_out, q, k, v, out, lse, lengths, bias, window, scale, *drop, needs_scores
         )
         if native is not None:
-            dq, dk, dv, dbias = native
-            return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+            dq, dk, dv, grad_scores = native
+            return dq, dk, dv, *_cpu_gradients(q, grad_scores, scheme, scale, needs)
     wide = torch.promote_types(q.dtype, torch.float32)
     *grads, grad_scores = flash_attention_backward_reference(
         grad_out.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide),
         lengths, bias, window, scale, _cpu_keep(q, seed, dropout_p),
     )  # fmt: skip
     dq, dk, dv = (empty_heads(q).copy_(grad) for grad in grads)
-    if bias is None or not needs_bias_grad:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, grad_scores.sum_to_size(bias.shape).to(bias.dtype)
+    return dq, dk, dv, *_cpu_gradients(q, grad_scores, scheme, scale, needs)
+
+
+def _cpu_scores(q: Tensor, scheme: Scheme | None, scale: float) -> Tensor | None:
+    """What the scheme adds to the scores, materialized, in fp32 unless it is a tensor already."""
+    if scheme is None or scheme.kind == "dense":
+        return None if scheme is None else scheme.table
+    return scheme.to(torch.promote_types(q.dtype, torch.float32)).scores(q.shape[2], scale)
+
+
+def _cpu_gradients(
+    q: Tensor, grad_scores: Tensor | None, scheme: Scheme | None, scale: float, needs_table: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scheme's table and rows; [0] where there is none, or it is not needed."""
+    dtable, drows = q.new_empty(0), q.new_empty(0)
+    if scheme is None:
+        return dtable, drows
+    if grad_scores is not None:
+        of_table, of_rows = scheme.gradients(grad_scores, scale)
+        if needs_table:
+            dtable = of_table.to(scheme.table.dtype)
+        if of_rows is not None and scheme.rows is not None:
+            drows = of_rows.to(scheme.rows.dtype)
+            drows = empty_heads(q).copy_(drows) if scheme.kind == "relative" else drows
+    return dtable, drows
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.attention.forward_kernel import flash_attention_triton
 
-    q, k, v, lengths, bias, seed, window, scale, dropout_p = args
-    scale = _scale(q, scale)
-    return flash_attention_triton(q, k, v, lengths, bias, seed, window, scale, dropout_p)
+    q, k, v, lengths, *position, seed, window, scale, dropout_p = args
+    scheme, scale = _scheme(*position), _scale(q, scale)
+    return flash_attention_triton(q, k, v, lengths, scheme, seed, window, scale, dropout_p)
 
 
-def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cuda_backward(*args: Any) -> Gradients:
     from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
 
-    grad_out, q, k, v, out, lse, *options, needs_bias_grad = args
-    lengths, bias, seed, window, scale, dropout_p = options
+    grad_out, q, k, v, out, lse, lengths, *position, seed, window, scale, dropout_p, needs = args
     return flash_attention_backward_triton(
-        grad_out, q, k, v, out, lse,
-        lengths, bias, seed, window, _scale(q, scale), dropout_p, needs_bias_grad,
+        grad_out, q, k, v, out, lse, lengths, _scheme(*position), seed, window, _scale(q, scale),
+        dropout_p, needs,
     )  # fmt: skip
 
 
@@ -169,21 +209,23 @@ implement_on_cuda("lowbit::flash_attention_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lengths, bias, seed, *ctx.options = inputs
+    q, k, v, lengths, ctx.kind, table, rows, seed, *ctx.options = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, lengths, bias, seed)
+    ctx.save_for_backward(q, k, v, out, lse, lengths, table, rows, seed)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 9
-    needs_bias_grad = ctx.needs_input_grad[4]
-    dq, dk, dv, dbias = torch.ops.lowbit.flash_attention_backward.default(
-        grad_out, *ctx.saved_tensors, *ctx.options, needs_bias_grad
+        return (None,) * 11
+    *tensors, table, rows, seed = ctx.saved_tensors
+    needs_table, needs_rows = ctx.needs_input_grad[5:7]
+    dq, dk, dv, dtable, drows = torch.ops.lowbit.flash_attention_backward.default(
+        grad_out, *tensors, ctx.kind, table, rows, seed, *ctx.options, needs_table
     )
-    return dq, dk, dv, None, dbias if needs_bias_grad else None, None, None, None, None
+    table_grad, rows_grad = dtable if needs_table else None, drows if needs_rows else None
+    return dq, dk, dv, None, None, table_grad, rows_grad, None, None, None, None
 
 
 torch.library.register_autograd("lowbit::flash_attention", _backward, setup_context=_setup_context)
@@ -200,7 +242,7 @@ def flash_attention(
     *,
     lengths: Tensor | None = None,
     window: int | None = None,
-    position: DenseBias | None = None,
+    position: Position | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -219,8 +261,10 @@ def flash_attention(
         lengths: [B], int32 or int64, on q's device: the valid frames of each utterance, the rest
             being padding (of finite numbers) on the right. Below 0 acts as 0, above T as T.
         window: frames that a query sees on each side of itself. None: all of them.
-        position: what the position scheme adds to the scores: None or a ``DenseBias``.
-        scale: multiplies q @ k. None: 1 / sqrt(D).
+        position: what is added to the scores: None, a ``DenseBias``, ``BucketedBias``,
+            ``RelativeKey`` or ``TransformerXL``. None but the first makes a [T, T] tensor on a
+            GPU; on a CPU all do.
+        scale: multiplies q @ k, above 0. None: 1 / sqrt(D).
         dropout_p: the probability to drop an attention weight, in [0, 1). The mask is drawn from
             PyTorch's generator of q's device, anew at every replay of a CUDA graph.
 
@@ -229,19 +273,23 @@ def flash_attention(
 
     Raises:
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
+        NotImplementedError: on CUDA in fp32, for gradients of D above 64 with a table of offsets.
     """
     check_heads(q, k, v)
     check_options(q, lengths, window, scale, dropout_p)
-    bias = dense_bias(q, position)
+    check_position(q, position, window)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    query, scheme = resolve(q, position, window)
+    if scheme is not None and scheme.kind != "dense":
+        check_offsets_gradient(query, k, v, scheme.table)
     backend = choose_backend(
         q.device.type,
         q.dtype,
         q.shape[-1],
         has_lengths=lengths is not None,
-        has_position=bias is not None,
+        has_position=scheme is not None,
         capturing=torch.compiler.is_compiling() or _is_capturing(q),
         installed=FLASH_ATTN_INSTALLED,
     )
@@ -249,7 +297,8 @@ def flash_attention(
         return flash_attn_backend(q, k, v, window, scale, dropout_p)
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     out: Tensor
+    of_scheme = (None,) * 3 if scheme is None else (scheme.kind, scheme.table, scheme.rows)
     out, _ = torch.ops.lowbit.flash_attention.default(
-        q, k, v, lengths, bias, seed, window, scale, dropout_p
+        query, k, v, lengths, *of_scheme, seed, window, scale, dropout_p
     )
     return out

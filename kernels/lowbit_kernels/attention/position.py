@@ -1,16 +1,19 @@
-"""What a position scheme adds to the attention scores.
+"""Position schemes: what is added to the attention scores before the softmax.
 
-Dimension key: B batch, H heads, T frames.
+Dimension key: B batch, H heads, T frames, D head dimension, R largest offset of a table. An offset
+is a key's frame less its query's.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class DenseBias:
-    """A bias that is added to the scaled scores before the softmax.
+    """A bias that is added to the scaled scores.
 
     Attributes:
         bias: broadcastable to [B, H, T, T], any floating dtype. Differentiable. A key whose
@@ -18,3 +21,148 @@ class DenseBias:
     """
 
     bias: Tensor
+
+
+@dataclass(frozen=True)
+class BucketedBias:
+    """A bias of the offset's bucket, as in T5 (arXiv 1910.10683), times a gate, as in WavLM.
+
+    Half of the buckets are for keys to the right; half of those are an offset each, the others grow
+    with its logarithm. No [T, T] tensor is made.
+
+    Attributes:
+        table: [buckets, H], an embedding's weight, any floating dtype; an even number of buckets,
+            at least 4. Differentiable.
+        max_distance: the offset from which on all share the last bucket; above buckets / 4.
+        gate: [B, H, T], multiplies what a query's scores get; None: 1. Differentiable.
+    """
+
+    table: Tensor
+    max_distance: int
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RelativeKey:
+    """Keys of clipped offsets that the query scores too (arXiv 1803.02155), as in Wav2Vec2-BERT.
+
+    Attributes:
+        table: [positions, D], shared by the heads, in the dtype of q. Differentiable.
+        left: the position of offset 0; offsets are clipped to [-left, positions - 1 - left].
+    """
+
+    table: Tensor
+    left: int
+
+
+@dataclass(frozen=True)
+class TransformerXL:
+    """Relative positions of Transformer-XL (arXiv 1901.02860, section 3.3), as in Conformers.
+
+    The scores are (q + content_bias) k + (q + position_bias) keys[offset], scaled. The second term
+    is computed in the kernel's tiles: no [T, 2 T] tensor is made.
+
+    Attributes:
+        keys: [H or 1, 2 R + 1, D], the projected positions, in the dtype of q, that of offset -R (a
+            key R frames to the left) first; R at least T - 1, or the window. Differentiable.
+        content_bias: [H, D], u. Differentiable.
+        position_bias: [H, D], v. Differentiable.
+    """
+
+    keys: Tensor
+    content_bias: Tensor
+    position_bias: Tensor
+
+
+Position = DenseBias | BucketedBias | RelativeKey | TransformerXL
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A position scheme as the op and its kernels take it.
+
+    Attributes:
+        kind: ``"dense"``, ``"offset"`` or ``"relative"``.
+        table: the bias, broadcastable [B, H, T, T]; the bias of each offset [H, 2 R + 1], of -R
+            first; or the keys of the offsets [H or 1, 2 R + 1, D].
+        rows: None; the gates [B, H, T] that multiply the bias, or None; or the queries
+            [B, H, T, D] that score the keys.
+    """
+
+    kind: str
+    table: Tensor
+    rows: Tensor | None = None
+
+    def _index(self, T: int) -> Tensor:
+        """[T, T], where a table of offsets has that from query to key."""
+        frames, largest = torch.arange(T, device=self.table.device), self.table.shape[1] // 2
+        return (frames - frames[:, None] + largest).clamp(0, 2 * largest)
+
+    def to(self, dtype: torch.dtype) -> "Scheme":
+        """In another dtype."""
+        rows = None if self.rows is None else self.rows.to(dtype)
+        return Scheme(self.kind, self.table.to(dtype), rows)
+
+    def scores(self, T: int, scale: float) -> Tensor:
+        """What is added to the scaled scores: broadcastable to [B, H, T, T]."""
+        if self.kind == "dense":
+            return self.table
+        index = self._index(T)
+        if self.kind == "offset":
+            bias = self.table[:, index][None]
+            return bias if self.rows is None else bias * self.rows[..., None]
+        assert self.rows is not None, "keys of offsets are scored by queries"
+        of_offsets = self.rows @ self.table.mT * scale  # [B, H, T, 2 R + 1]
+        return of_offsets.gather(-1, index.expand(*of_offsets.shape[:3], -1))
+
+    def gradients(self, grad_scores: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        """Gradients of table and rows from that of the scores [B, H, T, T]."""
+        if self.kind == "dense":
+            return grad_scores.sum_to_size(self.table.shape), None
+        T, dtype = grad_scores.shape[2], grad_scores.dtype
+        index, table = self._index(T), self.table.to(dtype)
+        if self.kind == "relative":
+            assert self.rows is not None, "keys of offsets are scored by queries"
+            per_offset = grad_scores.new_zeros(*grad_scores.shape[:3], table.shape[1])
+            per_offset.scatter_add_(-1, index.expand_as(grad_scores), grad_scores)
+            per_offset *= scale
+            dtable = (per_offset.mT @ self.rows.to(dtype)).sum(0)
+            return dtable.sum_to_size(table.shape), per_offset @ table
+        drows = None
+        if self.rows is not None:
+            drows = (grad_scores * table[:, index]).sum(-1)
+            grad_scores = grad_scores * self.rows.to(dtype)[..., None]
+        summed = grad_scores.sum(0).flatten(1)
+        return torch.zeros_like(table).index_add_(1, index.flatten(), summed), drows
+
+
+def resolve(
+    q: Tensor, position: Position | None, window: int | None
+) -> tuple[Tensor, Scheme | None]:
+    """The queries [B, H, T, D] that score the keys, and the scheme; shapes have been checked."""
+    if position is None:
+        return q, None
+    if isinstance(position, DenseBias):
+        bias = position.bias
+        return q, Scheme("dense", bias[(None,) * (4 - bias.dim())])
+    if isinstance(position, TransformerXL):
+        u, v = (b.to(q.dtype)[:, None] for b in (position.content_bias, position.position_bias))
+        return q + u, Scheme("relative", position.keys.to(q.dtype), q + v)
+    largest = max(0, q.shape[2] - 1 if window is None else min(window, q.shape[2] - 1))
+    offsets = torch.arange(-largest, largest + 1, device=q.device)
+    if isinstance(position, RelativeKey):
+        right = position.table.shape[0] - 1 - position.left
+        clipped = offsets.clamp(-position.left, right) + position.left
+        return q, Scheme("relative", position.table.to(q.dtype)[clipped][None], q)
+    table = position.table[buckets_of(offsets, position.table.shape[0], position.max_distance)]
+    return q, Scheme("offset", table.t(), position.gate)
+
+
+def buckets_of(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each offset; see ``BucketedBias``."""
+    half = buckets // 2
+    single, distance = half // 2, offsets.abs()
+    # fp32, as the models were trained: the boundaries depend on the rounding
+    growth = torch.log(distance.float() / single) / math.log(max_distance / single)
+    far = (single + growth * (half - single)).long().clamp(max=half - 1)
+    return (offsets > 0) * half + torch.where(distance < single, distance, far)

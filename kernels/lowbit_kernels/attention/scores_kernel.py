@@ -1,6 +1,15 @@
 """What the forward and the backward kernels share: which scores count, and their tiles.
 
-Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
+A position scheme is one of three kinds, and has a table and numbers of its own for each query:
+``"dense"``, a bias [B, H, T, T]; ``"offset"``, a bias [H, 2 R + 1] of the offset from query to key,
+times a gate [B, H, T]; ``"relative"``, keys [H, 2 R + 1, D] of the offsets and the queries
+[B, H, T, D] that score them. Tables of offsets are read from their middle, offset 0.
+
+The last kind is computed a band at a time: the keys of a tile are at as many offsets as it has
+queries and keys together, of which row r sees a run that begins r offsets further left.
+
+Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile; R
+largest offset of a table.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -8,6 +17,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# inputs have so many features, or a multiple, and zeros past D: whole loads of 16 bytes
+PAD_TO = tl.constexpr(16)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -28,14 +39,66 @@ def load_length(lengths_ptr, b, T):
 
 
 @triton.jit
+def table_of(ptr, b, h, largest, stride_b, stride_h, stride_q, stride_k, KIND: tl.constexpr):
+    # the position scheme's table of a head, that of offsets from its middle on
+    if KIND is not None:
+        ptr += b * stride_b + h * stride_h
+        if KIND == "offset":
+            ptr += tl.cast(largest, tl.int64) * stride_k
+        elif KIND == "relative":
+            ptr += tl.cast(largest, tl.int64) * stride_q
+    return ptr
+
+
+@triton.jit
 def load_frames(ptr, offs_t, stride_t, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    # [BLOCK_T, BLOCK_D], 0 beyond the length and beyond D
+    # [BLOCK_T, BLOCK_D], 0 before the first frame, beyond the length and beyond D
     offs_d = tl.arange(0, BLOCK_D)
-    mask = offs_t[:, None] < length
+    mask = ((offs_t >= 0) & (offs_t < length))[:, None]
     if BLOCK_D > D:
         mask = mask & (offs_d[None, :] < D)
     ptrs = ptr + offs_t[:, None].to(tl.int64) * stride_t + offs_d[None, :]
     return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_offsets(ptr, start, stride_o, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 COUNT: tl.constexpr):  # fmt: skip
+    # the keys [COUNT, BLOCK_D] of offsets from start on, 0 where the table has none
+    offs_o, offs_d = start + tl.arange(0, COUNT), tl.arange(0, BLOCK_D)
+    mask = (tl.abs(offs_o) <= largest)[:, None]
+    if BLOCK_D > D:
+        mask = mask & (offs_d[None, :] < D)
+    ptrs = ptr + offs_o[:, None].to(tl.int64) * stride_o + offs_d[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def take_flat(x, index, COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    # through shared memory: along an axis of a tile it would be a shuffle and a select a number
+    taken = tl.gather(tl.reshape(x, [COUNT]), tl.reshape(index, [ROWS * COLS]), 0)
+    return tl.reshape(taken, [ROWS, COLS])
+
+
+@triton.jit
+def keys_of_offsets(band, BLOCK: tl.constexpr, IS_TRANSPOSED: tl.constexpr):
+    # [query, 2 BLOCK offsets] to [query, BLOCK keys], or both transposed
+    line = tl.arange(0, BLOCK)
+    if IS_TRANSPOSED:
+        index = (BLOCK + line[:, None] - line[None, :]) * BLOCK + line[None, :]
+    else:
+        index = line[:, None] * (2 * BLOCK) + (BLOCK + line[None, :] - line[:, None])
+    return take_flat(band, index, 2 * BLOCK * BLOCK, BLOCK, BLOCK)
+
+
+@triton.jit
+def offsets_of_keys(tile, BLOCK: tl.constexpr):
+    # back: the first BLOCK offsets and the second, 0 at those of no key
+    row, offset = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    index = row * BLOCK + ((offset + row) & (BLOCK - 1))
+    band = take_flat(tile, index, BLOCK * BLOCK, BLOCK, BLOCK)
+    is_first = offset + row >= BLOCK
+    return tl.where(is_first, band, 0), tl.where(is_first, 0, band)
 
 
 @triton.jit
@@ -77,12 +140,10 @@ def score_ptrs(ptr, start_q, start_k, offs_q, offs_k, stride_q, stride_k):
 
 
 @triton.jit
-def add_bias(scores, bias_ptr, start_q, start_k, offs_q, offs_k, stride_q, stride_k, mask):
-    # scores are in units of log2, which exp2 takes back
-    if bias_ptr is not None:
-        ptrs = score_ptrs(bias_ptr, start_q, start_k, offs_q, offs_k, stride_q, stride_k)
-        scores += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-    return scores
+def load_bias(ptr, start_q, start_k, offs_q, offs_k, stride_q, stride_k, mask):
+    # in units of log2, which exp2 takes back
+    ptrs = score_ptrs(ptr, start_q, start_k, offs_q, offs_k, stride_q, stride_k)
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) * LOG2_E
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def lowbit_attention(
         )
     lengths, bias = None, position_bias
     if attention_mask is not None and is_padding_mask:
-        lengths = _lengths(attention_mask)
+        lengths = lengths_of(attention_mask)
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
     position = None if bias is None else DenseBias(bias)
@@ -101,7 +101,7 @@ def lowbit_attention(
     return attended.transpose(1, 2), None
 
 
-def _lengths(mask: Tensor) -> Tensor:
+def lengths_of(mask: Tensor) -> Tensor:
     """Valid frames [B] of a mask [B, T]; refuses left padding and gaps."""
     if not torch.compiler.is_compiling():
         message = "attention_mask must be true up to each length and false after it"

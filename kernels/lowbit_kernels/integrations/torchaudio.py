@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit_kernels.attention import DenseBias, flash_attention
+from lowbit_kernels.attention import BucketedBias, flash_attention
 from lowbit_kernels.integrations.class_swap import Swapped
 from lowbit_kernels.integrations.multihead import LinearMultiheadAttention
 from lowbit_kernels.integrations.padding import zero_padding
+from lowbit_kernels.integrations.wavlm import gates
 from lowbit_kernels.norm import masked_group_norm
 
 
@@ -52,39 +53,32 @@ class FusedWavLMSelfAttention(Swapped):
             query: [B, T, E].
             key_padding_mask: [B, T], true for padding, which comes last.
             attention_mask: must be None, as in torchaudio.
-            position_bias: [B, H, T, T], what the layer before returned.
+            position_bias: [buckets, H], what the layer before returned.
 
         Returns:
-            [B, T, E], and the position bias for the next layer.
+            [B, T, E], and the table of biases for the next layer.
 
         Raises:
             ValueError: if ``attention_mask`` is given.
         """
         if attention_mask is not None:
             raise ValueError("attention_mask must be None in WavLM; use key_padding_mask")
-        B, T, E = query.shape
         if self.rel_attn_embed is not None and position_bias is None:
-            position_bias = self.compute_bias(T, T).expand(B, -1, -1, -1)
-        q, k, v = (
-            x.reshape(B, T, self.num_heads, -1).transpose(1, 2)
-            for x in self.attention.in_proj(query).chunk(3, -1)
+            position_bias = self.rel_attn_embed.weight
+        heads, q, k, v = (
+            x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+            for x in (query, *self.attention.in_proj(query).chunk(3, -1))
         )
-        bias = None if position_bias is None else DenseBias(self._gated(query, position_bias))
+        bias = None
+        if position_bias is not None:
+            gate = None
+            if self.gru_rel_pos:
+                gate = gates(heads, self.gru_rel_pos_linear, self.gru_rel_pos_const)
+            bias = BucketedBias(position_bias, self.max_distance, gate)
         lengths = None if key_padding_mask is None else (~key_padding_mask.bool()).sum(-1)
         dropout = self.dropout if self.training else 0.0
         out = flash_attention(q, k, v, lengths=lengths, position=bias, dropout_p=dropout)
-        return self.attention.out_proj(out.transpose(1, 2).reshape(B, T, E)), position_bias
-
-    def _gated(self, query: Tensor, position_bias: Tensor) -> Tensor:
-        """The position bias [B, H, T, T], times a gate for each query frame."""
-        if not self.gru_rel_pos:
-            return position_bias
-        B, T, _ = query.shape
-        heads = query.reshape(B, T, self.num_heads, -1).transpose(1, 2)  # [B, H, T, D]
-        logits = self.gru_rel_pos_linear(heads).view(B, self.num_heads, T, 2, 4).sum(-1)
-        update, reset = logits.sigmoid().chunk(2, -1)  # [B, H, T, 1]
-        gate: Tensor = update * (reset * self.gru_rel_pos_const - 1) + 2
-        return gate * position_bias
+        return self.attention.out_proj(out.transpose(1, 2).flatten(2)), position_bias
 
 
 def matches_conv_layer_block(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lowbit_kernels.attention import DenseBias, flash_attention
+from lowbit_kernels.attention import Position, flash_attention
 from lowbit_kernels.formats import QuantSpec
 from lowbit_kernels.modules.linear import QLinear
 
@@ -87,7 +87,7 @@ class QAttention(nn.Module):
         return self.train(attention.training)
 
     def forward(
-        self, x: Tensor, *, lengths: Tensor | None = None, position: DenseBias | None = None
+        self, x: Tensor, *, lengths: Tensor | None = None, position: Position | None = None
     ) -> Tensor:
         """Attend over x [B, T, E].
 
@@ -95,7 +95,7 @@ class QAttention(nn.Module):
             x: [B, T, E].
             lengths: [B] valid frames; frames beyond are not attended and come out as the output
                 projection's bias.
-            position: an additive bias, see ``flash_attention``.
+            position: the position scheme, see ``flash_attention``.
 
         Returns:
             [B, T, E].
