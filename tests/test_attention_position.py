@@ -27,6 +27,7 @@ from tests.test_attention import DTYPES, make_inputs, make_lengths
 SHAPES = [  # B, H, T, D, lengths, window, R
     pytest.param(1, 2, 64, 24, None, None, 63, id="whole-tiles"),
     pytest.param(2, 2, 70, 36, (70, 33), None, 69, id="ragged"),
+    pytest.param(1, 2, 17, 16, None, None, 16, id="one-query-in-a-tile"),
     pytest.param(3, 1, 37, 16, (37, 0, 1), None, 50, id="length-0-and-1"),
     pytest.param(1, 3, 5, 81, None, None, 4, id="odd-head"),
     pytest.param(1, 2, 101, 17, (97,), 7, 7, id="window"),

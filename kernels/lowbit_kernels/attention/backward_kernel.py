@@ -74,7 +74,10 @@ def _flash_attention_bwd_dq_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     grad_ptr += b * stride_gb + h * stride_gh
-    table_ptr = table_of(table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND)
+    if KIND is not None:
+        table_ptr = table_of(
+            table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND
+        )
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -165,7 +168,10 @@ def _flash_attention_bwd_dkdv_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     grad_ptr += b * stride_gb + h * stride_gh
-    table_ptr = table_of(table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND)
+    if KIND is not None:
+        table_ptr = table_of(
+            table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND
+        )
     if rows_ptr is not None:
         rows_ptr += b * stride_rb + h * stride_rh
     if seed_ptr is not None:

@@ -52,7 +52,10 @@ def _flash_attention_fwd_kernel(
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    table_ptr = table_of(table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND)
+    if KIND is not None:
+        table_ptr = table_of(
+            table_ptr, b, h, largest, stride_ab, stride_ah, stride_aq, stride_ak, KIND
+        )
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 

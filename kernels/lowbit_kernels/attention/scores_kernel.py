@@ -41,12 +41,11 @@ def load_length(lengths_ptr, b, T):
 @triton.jit
 def table_of(ptr, b, h, largest, stride_b, stride_h, stride_q, stride_k, KIND: tl.constexpr):
     # the position scheme's table of a head, that of offsets from its middle on
-    if KIND is not None:
-        ptr += b * stride_b + h * stride_h
-        if KIND == "offset":
-            ptr += tl.cast(largest, tl.int64) * stride_k
-        elif KIND == "relative":
-            ptr += tl.cast(largest, tl.int64) * stride_q
+    ptr += b * stride_b + h * stride_h
+    if KIND == "offset":
+        ptr += tl.cast(largest, tl.int64) * stride_k
+    elif KIND == "relative":
+        ptr += tl.cast(largest, tl.int64) * stride_q
     return ptr
 
 
