@@ -31,6 +31,7 @@ SHAPES = [  # B, H, T, D, lengths, window, R
     pytest.param(3, 1, 37, 16, (37, 0, 1), None, 50, id="length-0-and-1"),
     pytest.param(1, 3, 5, 81, None, None, 4, id="odd-head"),
     pytest.param(1, 2, 101, 17, (97,), 7, 7, id="window"),
+    pytest.param(1, 1, 30, 16, (28,), 5, 29, id="window-in-a-longer-table"),
     pytest.param(
         8, 8, 499, 64, (499, 1, 0, 400, 64, 65, 128, 498), None, 498,
         id="conformer", marks=pytest.mark.gpu,

@@ -96,7 +96,7 @@ def _flash_attention_bwd_dq_kernel(
         else:
             gate = tl.load(rows_ptr + offs_m * stride_rt, mask=offs_m < length, other=0.0)
             gate = gate.to(tl.float32)
-            dgate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            dgate = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_frames(k_ptr, offs_n, stride_kt, length, D_IN, BLOCK_D)
@@ -135,7 +135,7 @@ def _flash_attention_bwd_dq_kernel(
             keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M)
             drows = tl.dot(first, keys, drows, input_precision=INPUT_PRECISION)
         elif rows_ptr is not None:
-            dgate += grad_scores * bias
+            dgate += tl.sum(grad_scores * bias, 1)
 
     dq_ptr += b * stride_ob + h * stride_oh
     store_frames(dq_ptr, offs_m, stride_ot, dq * scale, T, D, BLOCK_D)
@@ -143,7 +143,7 @@ def _flash_attention_bwd_dq_kernel(
         drows_ptr += b * stride_ob + h * stride_oh
         store_frames(drows_ptr, offs_m, stride_ot, drows * scale, T, D, BLOCK_D)
     elif rows_ptr is not None:
-        tl.store(drows_ptr + row + offs_m, tl.sum(dgate, 1) * LN_2, mask=offs_m < T)
+        tl.store(drows_ptr + row + offs_m, dgate * LN_2, mask=offs_m < T)
 
 
 @triton.jit(do_not_specialize=["T", "window", "largest"])

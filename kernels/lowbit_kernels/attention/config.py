@@ -42,7 +42,7 @@ _SMALL = {
 # fp32 multiplies on the vector units: operands come through registers, not matrix fragments
 _FP32 = {
     "forward": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "backward_dq": {64: (32, 32, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
+    "backward_dq": {64: (32, 16, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
     "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
 # of tables of offsets, as many queries as keys: block, num_warps, num_stages
@@ -103,7 +103,7 @@ def default_config(
     # tl.dot takes powers of two, 16 at least
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     if kind == "relative" or kernel == "offsets":
-        relative = _relative_tiles(kernel, is_fp32, has_dropout, shared_bytes)
+        relative = _relative_tiles(is_fp32, has_dropout, shared_bytes)
         block, num_warps, num_stages = relative[kernel][max(64, block_d)]
         return TileConfig(block, block, block_d, num_warps, num_stages)
     extra_terms = kind is not None or has_dropout
@@ -120,15 +120,15 @@ def default_config(
 
 
 def _relative_tiles(
-    kernel: Kernel, is_fp32: bool, has_dropout: bool, shared_bytes: int
+    is_fp32: bool, has_dropout: bool, shared_bytes: int
 ) -> dict[str, dict[int, tuple[int, int, int]]]:
     if is_fp32:
         return _RELATIVE_FP32
     if shared_bytes < SMALLEST_SHARED_BYTES:
         return _RELATIVE_SMALLEST
-    # a backward of large tiles spills where wgmma does not take operands from shared memory
-    enough = LARGE_TILE_SHARED_BYTES if kernel == "forward" else WGMMA_SHARED_BYTES
-    return _RELATIVE_SMALL if has_dropout or shared_bytes < enough else _RELATIVE_LARGE
+    # large tiles spill where wgmma does not take operands from shared memory
+    is_small = has_dropout or shared_bytes < WGMMA_SHARED_BYTES
+    return _RELATIVE_SMALL if is_small else _RELATIVE_LARGE
 
 
 def shared_bytes(device: torch.device) -> int:
