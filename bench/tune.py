@@ -1,6 +1,7 @@
 """``python -m bench tune``: the fastest backend and tiles of each layer, into the package's table.
 
-Dimension key: M rows, N output features, K input features.
+Dimension key: M rows, N output features, K input features; of a convolution B batch, T input
+frames, C channels of input and output, k taps, M rows of the output.
 """
 
 import json
@@ -10,21 +11,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bench.case import Row
 from bench.harness import device_lost, relative_error
-from bench.ladder import choices, forced
+from bench.ladder import choices, conv1d_choices, forced, forced_conv1d
 from bench.record import Record, code_digest, environment
 from bench.timing import CpuTimer, Sampler, WarmCudaTimer, capture, time_side_by_side
-from lowbit_kernels import QLinear, QuantSpec
+from lowbit_kernels import QConv1d, QLinear, QuantSpec
 from lowbit_kernels.matmul.dispatch import Choice, Gpu
 from lowbit_kernels.matmul.tuned import table_path
 
+# inputs in turn, so that the L2 cache holds none; fewer of those that are larger than it alone
 SETS = 4
+SETS_BYTES = 256 << 20
 FINALISTS = 4
 # other tiles add in another order; a wrong kernel is far off
 MAX_DIFFERENCE = 0.02
@@ -35,14 +38,45 @@ LAYERS = (
     (4096, 1024, "gelu"), (1024, 4096, None), (1024, 1024, None), (3072, 1024, None),
     (3072, 768, "gelu"), (768, 3072, None), (768, 768, None),
 )  # fmt: skip
+# B, C, k, stride, groups, M: front ends and positional convolutions of ten seconds
+CONVS = (
+    (1, 512, 3, 2, 1, (16384, 8192, 4096, 2048)), (1, 512, 2, 2, 1, (1024, 512)),
+    (1, 768, 128, 1, 16, (512,)), (1, 1024, 128, 1, 16, (512,)),
+    (32, 512, 3, 2, 1, (131072, 65536)), (32, 512, 2, 2, 1, (32768, 16384)),
+    (32, 768, 128, 1, 16, (16384,)), (32, 1024, 128, 1, 16, (16384,)),
+)  # fmt: skip
 SPECS = (QuantSpec(bits=4), QuantSpec(bits=4, inputs="int8"))
 TUNED = "tuned.json"
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Protocol):
     """One entry of the table."""
 
+    kind: ClassVar[str]
+
+    @property
+    def M(self) -> int:
+        """Rows up to which the entry holds."""
+
+    @property
+    def layer(self) -> Row:
+        """The part of the table, among those of its kind, that the entry belongs to."""
+
+    def choices(self, gpu: Gpu, dtype: torch.dtype) -> list[Choice]:
+        """Of all backends."""
+
+    def data(self, device: str, dtype: torch.dtype, seed: int) -> tuple[Any, Tensor]:
+        """A layer and its input."""
+
+    def call(self, layer: Any, x: Tensor, choice: Choice) -> Callable[[], Tensor]:
+        """The layer's CUDA implementation with a choice."""
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """An entry of a linear layer."""
+
+    kind: ClassVar[str] = "linear"
     M: int
     N: int
     K: int
@@ -51,31 +85,76 @@ class Job:
 
     @property
     def layer(self) -> Row:
-        """The part of the table that the entry belongs to."""
         return {
             "N": self.N, "K": self.K, "bits": self.spec.bits, "group_size": self.spec.group,
             "inputs": self.spec.inputs, "is_plain": self.epilogue is None,
         }  # fmt: skip
 
     def choices(self, gpu: Gpu, dtype: torch.dtype) -> list[Choice]:
-        """Of all backends."""
         found = choices(self.M, self.N, self.K, self.spec, dtype, self.epilogue, gpu)
         return [choice for group in found.values() for choice in group]
 
     def data(self, device: str, dtype: torch.dtype, seed: int) -> tuple[QLinear, Tensor]:
-        """A layer and its input."""
         torch.manual_seed(seed)
         linear = nn.Linear(self.K, self.N, device=device, dtype=dtype)
         x = torch.randn(self.M, self.K, device=device, dtype=dtype)
         return QLinear.from_float(linear, self.spec), x
 
+    def call(self, layer: QLinear, x: Tensor, choice: Choice) -> Callable[[], Tensor]:
+        return forced(layer, x, self.epilogue, choice)
+
+
+@dataclass(frozen=True)
+class Conv1dJob:
+    """An entry of a convolution, padded where its stride is 1."""
+
+    kind: ClassVar[str] = "conv1d"
+    M: int
+    B: int
+    C: int
+    k: int
+    stride: int
+    groups: int
+    epilogue: str | None
+    spec: QuantSpec
+
+    @property
+    def layer(self) -> Row:
+        C = self.C // self.groups
+        return {
+            "N": C, "K": self.k * C, "bits": self.spec.bits, "group_size": self.spec.group,
+            "inputs": self.spec.inputs, "is_plain": self.epilogue is None, "groups": self.groups,
+        }  # fmt: skip
+
+    def choices(self, gpu: Gpu, dtype: torch.dtype) -> list[Choice]:
+        layer = self.layer
+        return conv1d_choices(self.M, layer["N"], layer["K"], self.groups, self.spec, gpu)
+
+    def data(self, device: str, dtype: torch.dtype, seed: int) -> tuple[QConv1d, Tensor]:
+        torch.manual_seed(seed)
+        B, C, k, stride = self.B, self.C, self.k, self.stride
+        padding = k // 2 if stride == 1 else 0
+        conv = nn.Conv1d(C, C, k, stride, padding, groups=self.groups, device=device, dtype=dtype)
+        T = (self.M // B - 1) * stride + k - 2 * padding
+        x = torch.randn(B, T, C, device=device, dtype=dtype).mT
+        return QConv1d.from_float(conv, self.spec), x
+
+    def call(self, layer: QConv1d, x: Tensor, choice: Choice) -> Callable[[], Tensor]:
+        return forced_conv1d(layer, x, self.epilogue, choice)
+
 
 def jobs() -> list[Job]:
     """All entries, most important first."""
-    return [
-        Job(M, N, K, epilogue, spec)
+    linear: list[Job] = [
+        LinearJob(M, N, K, epilogue, spec)
         for M in ROWS for spec in SPECS for N, K, epilogue in LAYERS
     ]  # fmt: skip
+    convs: list[Job] = [
+        Conv1dJob(M, *layer, "gelu", spec)
+        for *layer, rows in CONVS for M in rows for spec in SPECS
+    ]  # fmt: skip
+    first = len(linear) // 3
+    return [*linear[:first], *convs, *linear[first:]]
 
 
 def measure(job: Job, device: str, dtype: torch.dtype, gpu: Gpu) -> Row | None:
@@ -83,11 +162,13 @@ def measure(job: Job, device: str, dtype: torch.dtype, gpu: Gpu) -> Row | None:
     samplers: dict[int, Sampler] = {}
     quick: dict[int, float] = {}
     options = job.choices(gpu, dtype)
-    sets = [job.data(device, dtype, seed) for seed in range(SETS)]
+    sets = [job.data(device, dtype, 0)]
+    while len(sets) < SETS and sum(x.nbytes for _, x in sets) < SETS_BYTES:
+        sets.append(job.data(device, dtype, len(sets)))
     expected: Tensor | None = None
     failures = []
     for i, choice in enumerate(options):
-        calls = [forced(layer, x, job.epilogue, choice) for layer, x in sets]
+        calls = [job.call(layer, x, choice) for layer, x in sets]
         try:
             results = [call() for call in calls]
             expected = results[0] if expected is None else expected
@@ -162,16 +243,17 @@ def _load(path: Path, about: Record) -> Record:
         table: Record = json.loads(path.read_text())
         if table["code"] == code_digest():
             return table
-    return about | {"linear": []}
+    return about | {"linear": [], "conv1d": []}
 
 
 def _rows(table: Record, job: Job) -> list[Row]:
     """The entries of the job's layer."""
-    for layer in table["linear"]:
+    layers = table[job.kind]
+    for layer in layers:
         if {name: layer[name] for name in job.layer} == job.layer:
             return layer["rows"]
-    table["linear"].append(job.layer | {"rows": []})
-    return table["linear"][-1]["rows"]
+    layers.append(job.layer | {"rows": []})
+    return layers[-1]["rows"]
 
 
 def _write(table: Record, path: Path, gpu: Gpu) -> None:
@@ -189,7 +271,7 @@ def _write(table: Record, path: Path, gpu: Gpu) -> None:
 def install(path: Path, gpu_name: str) -> Path:
     """Copy a table to where the package looks for it, without what only the bench reads."""
     table: Record = json.loads(path.read_text())
-    for layer in table["linear"]:
+    for layer in table["linear"] + table.get("conv1d", []):
         layer["rows"] = [
             {name: row[name] for name in ("up_to", "backend", "config")} for row in layer["rows"]
         ]
@@ -211,12 +293,13 @@ def compile_part(index: int, count: int, gpu: Gpu, device: str, dtype: torch.dty
     kernels: dict[Any, tuple[Job, Choice]] = {}
     for job in jobs():
         for choice in job.choices(gpu, dtype):
-            key = _kernel(choice), job.spec.inputs, job.epilogue, job.K % 512
+            layer = job.layer | {"N": None, "K": job.layer["K"] % 512}
+            key = _kernel(choice), job.kind, tuple(layer.values())
             kernels.setdefault(key, (job, choice))
     for job, choice in list(kernels.values())[index::count]:
         try:
             with torch.inference_mode():
-                forced(*job.data(device, dtype, 0), job.epilogue, choice)()
+                job.call(*job.data(device, dtype, 0), choice)()
         except Exception as error:  # tiles that do not fit the device
             if device_lost(error):
                 raise

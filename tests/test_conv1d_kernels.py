@@ -14,7 +14,7 @@ from lowbit_kernels.conv1d.layout import channel_last
 from lowbit_kernels.conv1d.reference import conv1d_backward_reference, mask_frames
 from lowbit_kernels.formats import QuantSpec, quantize_weight
 from lowbit_kernels.matmul import dispatch
-from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
+from lowbit_kernels.matmul.dispatch import Choice, Gpu, LinearConfig
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import (
     CASES,
@@ -122,15 +122,15 @@ def test_dequantized_weights(case, epilogue, cuda_code, device, monkeypatch):
     monkeypatch.setattr(dispatch, "DEQUANTIZE_FROM_M", 1)
     monkeypatch.setattr(cuda_code, "DEQUANTIZE_DX_FROM_M", 1)
     # whatever follows, as measured tables may say
-    choose = cuda_code.choose_kernel
-    monkeypatch.setattr(cuda_code, "choose_kernel", lambda *args: choose(*args[:7]))
+    choose = cuda_code.choose_conv1d.__wrapped__
+    monkeypatch.setattr(cuda_code, "choose_conv1d", lambda *args: choose(*args[:8], is_plain=True))
     check_kernels(cuda_code, case, FLOAT, epilogue, torch.float16, device)
 
 
 @pytest.mark.parametrize("spec", [FLOAT, INT8], ids=str)
 def test_a_split_sum_of_groups(spec, cuda_code, monkeypatch, device):
-    config = LinearConfig(64, 16, splits=2)
-    monkeypatch.setattr(cuda_code, "choose_config", lambda *args: config)
+    choice = Choice("matmul", LinearConfig(64, 16, splits=2))
+    monkeypatch.setattr(cuda_code, "choose_conv1d", lambda *args: choice)
     check_kernels(cuda_code, "positional", spec, "gelu", torch.float16, device)
 
 

@@ -69,19 +69,6 @@ def test_every_layer_is_accounted_for(model):
     assert type(model.lm_head) is nn.Linear
 
 
-@pytest.mark.parametrize("calibration", [None, [torch.randn(1, 16, 40)]])
-def test_depthwise_convolutions_of_a_preset_take_float_inputs(calibration):
-    layers = [nn.Conv1d(16, 16, 1), nn.Conv1d(16, 16, 5, groups=16), nn.Conv1d(16, 16, 5, groups=4)]
-    model = nn.Sequential(*layers).eval()
-    preset = copy.deepcopy(model)
-    report = quantize(preset, QuantConfig.fast(), calibration=calibration)
-    assert [layer.spec.inputs for layer in preset] == ["int8", None, "int8"]
-    assert report.layers[1].reason == "default, float inputs"
-    asked = QuantConfig(overrides={"1": QuantSpec(8, None, inputs="int8")})
-    quantize(model, asked)
-    assert model[1].spec.inputs == "int8"
-
-
 @pytest.mark.parametrize("config", [QuantConfig.small(8), QuantConfig.fast(8)], ids=str)
 def test_eight_bits_change_little(model, wave, config):
     wanted = model(wave)

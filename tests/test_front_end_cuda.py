@@ -1,6 +1,7 @@
 """The front end's CUDA implementation against its layers; interpreted where there is no GPU."""
 
 import functools
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from lowbit_kernels.conv1d import Geometry, conv1d_reference, quantize_utterances
+from lowbit_kernels.conv1d.dispatch import choose_conv1d
 from lowbit_kernels.conv1d.front_end import describe_layers, flatten_layers, front_end, serves
 from lowbit_kernels.cpu import FrontEndLayer, Norm
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec, quantize_weight
-from lowbit_kernels.matmul.dispatch import Gpu
+from lowbit_kernels.matmul import tuned
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
 from lowbit_kernels.matmul.reference import apply_epilogue
 from lowbit_kernels.testing import assert_as_accurate
 
@@ -115,6 +118,54 @@ def test_input_offsets_are_taken_off(cuda_code, device, kind, inputs):
 def test_layers_of_one_tap(cuda_code, device, inputs):
     waveform = torch.randn(2, 401).to(device, torch.float16)
     check(cuda_code, waveform, make_layers("group", inputs, device, shape=SEW, fixed=False))
+
+
+@pytest.fixture
+def table(cuda_code, tmp_path, monkeypatch, device):
+    """Writes a table of the last layer of ``RAGGED``, and says which tiles multiply."""
+    from lowbit_kernels.conv1d import front_end_cuda
+
+    path, launch, configs = tmp_path / "a-gpu.json", front_end_cuda.linear_triton, []
+
+    def write(inputs, is_plain, **row):
+        layer = {
+            "N": 40, "K": 96, "bits": 4, "group_size": 64, "inputs": inputs and "int8",
+            "is_plain": is_plain, "groups": 1, "rows": [{"up_to": 10**6, **row}],
+        }  # fmt: skip
+        path.write_text(json.dumps({"linear": [], "conv1d": [layer]}))
+
+    def record(*args, **options):
+        configs.append(args[5])
+        return launch(*args, **options)
+
+    monkeypatch.setattr(front_end_cuda, "linear_triton", record)
+    monkeypatch.setattr(tuned, "table_path", lambda gpu_name: path)
+    for cached in (tuned.load_table, choose_conv1d):
+        cached.cache_clear()
+    yield write, configs
+    monkeypatch.undo()
+    for cached in (tuned.load_table, choose_conv1d):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_measured_tiles_serve(cuda_code, table, device, kind, inputs, splits):
+    write, configs = table
+    tiles = {"block_n": 32, "block_m": 16, "splits": splits}
+    write(inputs, kind == "layer", backend="matmul", config=tiles)
+    waveform = torch.randn(2, 401).to(device, torch.float16)
+    check(cuda_code, waveform, make_layers(kind, inputs, device, fixed=False))
+    assert configs[1] == LinearConfig(**tiles) != configs[0]
+
+
+def test_the_librarys_product_serves_no_layer(cuda_code, table, device):
+    write, configs = table
+    write(None, False, backend="dequant_cublas", config=None)
+    waveform = torch.randn(2, 401).to(device, torch.float16)
+    check(cuda_code, waveform, make_layers("group", None, device, fixed=False))
+    assert len(configs) == 2
 
 
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "silu", "relu"])

@@ -265,7 +265,10 @@ def test_the_cuda_kernel_serves_only_what_it_can(table):
     assert choose_linear(16, *arguments, False) == default
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"linear": [{"N": 1}]}', '{"linear": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", '{"linear": [{"N": 1}]}', '{"linear": [1]}', '{"linear": [], "conv1d": [1]}'],
+)
 def test_a_broken_table_is_named(table, text):
     table(text)
     with pytest.raises(ValueError, match=r"nvidia-h200\.json is not a table"):

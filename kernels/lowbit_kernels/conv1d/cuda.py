@@ -1,4 +1,4 @@
-"""A low-bit convolution on CUDA: which kernels serve it, and their order.
+"""A low-bit convolution on CUDA: the chosen kernels, one after the other.
 
 Dimension key: B batch, C input channels, N output channels, T input frames, T_out output frames,
 M = B * T_out rows of the output.
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit_kernels.conv1d.dispatch import choose_conv1d, choose_kernel
 from lowbit_kernels.conv1d.geometry import Geometry
 from lowbit_kernels.conv1d.kernels.depthwise import (
     depthwise_conv1d_dx_triton,
@@ -26,59 +27,12 @@ from lowbit_kernels.conv1d.reference import conv_weight
 from lowbit_kernels.conv1d.runs import conv1d_by_runs, conv1d_dx_by_runs
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.decode_kernel import dequantize_triton
-from lowbit_kernels.matmul.dispatch import (
-    DEQUANTIZE_DX_FROM_M,
-    DETERMINISTIC_FRAMES,
-    Gpu,
-    choose_backend,
-    choose_config,
-    planned_rows,
-)
+from lowbit_kernels.matmul.dispatch import DEQUANTIZE_DX_FROM_M, LinearConfig
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
 from lowbit_kernels.matmul.gpu import gpu_of
 from lowbit_kernels.matmul.kernel import linear_triton
 
 Outputs = tuple[Tensor, Tensor | None]
-
-
-def choose_kernel(
-    M: int,
-    geometry: Geometry,
-    is_depthwise: bool,
-    inputs: str | None,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    deterministic: bool = False,
-    is_plain: bool = True,
-) -> str:
-    """The kernel that serves a convolution: a pure function; ``deterministic`` ignores M.
-
-    Args:
-        M: rows of the output.
-        geometry, is_depthwise, inputs, dtype, capability, deterministic: of the call.
-        is_plain: whether neither an activation nor a residual follows.
-
-    Returns:
-        ``"depthwise"``; ``"dequant_cudnn"``: the weight is dequantized to memory and torch
-        convolves; ``"dequant_cublas"``: the same by matrix products over views (``runs.py``);
-        ``"matmul"``: the linear layer's kernel over an overlapping view of x.
-
-    Raises:
-        NotImplementedError: on a GPU older than the kernels serve; for a deterministic product of
-            fp32, which is cuDNN's.
-    """
-    # the depthwise kernel serves fp32 itself
-    backend = choose_backend(
-        M, inputs, dtype, capability, deterministic and not is_depthwise, is_plain
-    )
-    if is_depthwise:
-        return "depthwise"
-    if geometry.groups > 1 and (inputs is not None or dtype != torch.float32):
-        return "matmul"  # torch's grouped convolutions are slow at every size
-    if backend == "dequant_cublas":
-        has_runs = dtype != torch.float32 and geometry.dilation == 1
-        return "dequant_cublas" if has_runs else "dequant_cudnn"
-    return "matmul"
 
 
 @dataclass(frozen=True)
@@ -114,21 +68,20 @@ def conv1d_cuda(
 
     Both lie in channel-last memory. See ``low_bit_conv1d``.
     """
-    gpu = gpu_of(x.device)
     x = channel_last(x)
     residual = None if residual is None else residual.transpose(1, 2).contiguous()
     B, T_out, spec = x.shape[0], geometry.frames_out(x.shape[1]), weight.spec
-    kernel = choose_kernel(
-        B * T_out, geometry, weight.is_depthwise, spec.inputs, x.dtype, gpu.capability,
-        spec.deterministic, epilogue is None and residual is None,
+    choice = choose_conv1d(
+        B * T_out, weight.N // geometry.groups, weight.K, geometry, weight.is_depthwise, spec,
+        x.dtype, gpu_of(x.device), epilogue is None and residual is None,
     )  # fmt: skip
     call = _Call(weight, bias, residual, lengths, geometry, epilogue, want_preactivation)
-    if kernel == "matmul":
-        y, z = _matmul(x, call, gpu)
-    elif kernel == "depthwise":
+    if isinstance(choice.config, LinearConfig):
+        y, z = _matmul(x, call, choice.config)
+    elif choice.backend == "depthwise":
         y, z = _depthwise(x, call)
     else:
-        y, z = _dequantized(x, call, by_runs=kernel == "dequant_cublas")
+        y, z = _dequantized(x, call, by_runs=choice.backend == "dequant_cublas")
     y = channel_first(y.view(B, T_out, y.shape[-1]))
     return y, None if z is None else channel_first(z.view(B, T_out, weight.N))
 
@@ -172,7 +125,7 @@ def conv1d_backward_cuda(
     return channel_first(dx), dbias
 
 
-def _matmul(x: Tensor, call: _Call, gpu: Gpu) -> Outputs:
+def _matmul(x: Tensor, call: _Call, config: LinearConfig) -> Outputs:
     """A matmul a group over windows [B, T_out, taps * C / groups] that overlap in memory.
 
     Of a base model's positional convolution, 4 bits, read off sm_90's code and not measured: a step
@@ -180,18 +133,16 @@ def _matmul(x: Tensor, call: _Call, gpu: Gpu) -> Outputs:
     of 64 rows count; shared memory and L1 are busy for 432.
     """
     weight, lengths, geometry = call.weight, call.lengths, call.geometry
-    (B, T, C), dtype, G, x_scale = x.shape, x.dtype, geometry.groups, None
-    T_out, spec = geometry.frames_out(T), weight.spec
-    if spec.inputs is not None:
+    (_, T, C), dtype, G, x_scale = x.shape, x.dtype, geometry.groups, None
+    if weight.spec.inputs is not None:
         x, x_scale = quantize_frames_triton(
-            x, weight.input_scale, lengths, geometry, pad=True, groups=G, scale_rows=T_out
-        )
+            x, weight.input_scale, lengths, geometry, pad=True, groups=G,
+            scale_rows=geometry.frames_out(T),
+        )  # fmt: skip
     elif geometry.left or geometry.right or lengths is not None or G > 1 or x.stride(1) != C:
         x = copy_frames_triton(x, lengths, geometry, pad=True, groups=G)
     # a channel and its gate lie in different groups: one more pass
     gates_after = G > 1 and call.epilogue == "glu"
-    rows = planned_rows(B * T_out, spec.deterministic, DETERMINISTIC_FRAMES)
-    config = choose_config(rows, weight.N // G, weight.K, spec.bits, x.itemsize, gpu, G)
     y, z = linear_triton(
         windows(x, geometry), weight, call.bias,
         None if call.residual is None or gates_after else call.residual.flatten(0, 1),

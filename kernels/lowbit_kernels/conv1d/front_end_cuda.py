@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowbit_kernels.conv1d.dispatch import choose_conv1d
+from lowbit_kernels.conv1d.geometry import Geometry
 from lowbit_kernels.conv1d.kernels.first_layer import first_layer_triton
 from lowbit_kernels.conv1d.kernels.utterance_int8 import (
     Reach,
@@ -23,7 +25,7 @@ from lowbit_kernels.conv1d.kernels.utterance_int8 import (
 )
 from lowbit_kernels.cpu import FrontEndLayer
 from lowbit_kernels.formats import QuantizedWeight
-from lowbit_kernels.matmul.dispatch import DETERMINISTIC_FRAMES, choose_config, planned_rows
+from lowbit_kernels.matmul.dispatch import LinearConfig
 from lowbit_kernels.matmul.gpu import gpu_of
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.norm.levels import level_pitch
@@ -87,9 +89,12 @@ def _next(
     (B, T, C), stride, N = frames.values.shape, layer.stride, layer.N
     T_out = (T - taps) // stride + 1
     x, weight, x_scale = _operands(frames, layer, T_out)
-    spec, gpu = weight.spec, gpu_of(x.device)
-    rows = planned_rows(B * T_out, spec.deterministic, DETERMINISTIC_FRAMES)
-    config = choose_config(rows, N, weight.K, spec.bits, x.itemsize, gpu)
+    activation = None if layer.norm is not None else layer.activation
+    config = choose_conv1d(
+        B * T_out, N, weight.K, Geometry(taps, stride), False, weight.spec, dtype,
+        gpu_of(x.device), activation is None, only_matmul=True,
+    ).config  # fmt: skip
+    assert isinstance(config, LinearConfig), "no other kernel may serve"
     offset, static, by_utterance = _wanted(following)
     # with a norm first, nothing follows the product; a split sum is short, and read again
     ends = layer.norm is None and config.splits == 1
@@ -101,7 +106,7 @@ def _next(
         weight,
         layer.bias,
         None,
-        None if layer.norm is not None else layer.activation,
+        activation,
         config,
         x_scale=x_scale,
         dtype=torch.int8 if ends and static is not None else dtype,

@@ -4,14 +4,14 @@ Dimension key: M rows of the input, N output features, K input features.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from lowbit_kernels.matmul.csrc import CsrcConfig
 from lowbit_kernels.matmul.reference import num_stats_tiles
-from lowbit_kernels.matmul.tuned import tuned_choice
+from lowbit_kernels.matmul.tuned import Layer, tuned_choice
 
 BACKENDS = ("fused", "dequant_cublas", "resident_int8", "csrc")
 
@@ -31,11 +31,8 @@ MACS_PER_CYCLE = 4096
 L2_BYTES_PER_CYCLE = 2500
 SPLIT_CYCLES = 1500
 
-# rows that a deterministic layer takes its tiles for, however many it gets: of a linear layer about
-# ten seconds of an encoder's frames; of a front end's convolution so many that no sum is split,
-# since a split sum's memory grows with the frames
+# rows that a deterministic layer takes its tiles for, however many it gets: ten seconds of frames
 DETERMINISTIC_ROWS = 512
-DETERMINISTIC_FRAMES = 4096
 
 
 @dataclass(frozen=True)
@@ -141,11 +138,9 @@ def choose_backend(
     """The backend that serves a linear layer on CUDA where no measurement names another.
 
     Args:
-        M: rows of the input.
-        inputs: how the input is quantized, ``QuantSpec.inputs``.
-        dtype: of the input.
+        M, dtype: rows and dtype of the input.
+        inputs, deterministic: of the ``QuantSpec``; if deterministic the answer ignores M.
         capability: of the device, as ``torch.cuda.get_device_capability`` gives it.
-        deterministic: ``QuantSpec.deterministic``; the answer does not depend on M.
         is_plain: whether neither an activation nor a residual follows.
 
     Returns:
@@ -228,8 +223,7 @@ def choose_config(
 
     Args:
         M: rows of the input, at least 1.
-        N: output features.
-        K: input features.
+        N, K: output and input features.
         bits: bits a weight.
         itemsize: bytes an element of the input, 1 for int8 and fp8.
         gpu: the device.
@@ -238,23 +232,22 @@ def choose_config(
     return min(_fitted(M, N, K, bits, itemsize, gpu, groups), key=lambda config: config[1])[0]
 
 
-def candidates(M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu) -> list[LinearConfig]:
+def candidates(
+    M: int, N: int, K: int, bits: int, itemsize: int, gpu: Gpu, groups: int = 1
+) -> list[LinearConfig]:
     """Tiles worth measuring for a shape, the default first; arguments as of ``choose_config``."""
-    found = {choose_config(M, N, K, bits, itemsize, gpu): None}
-    for config, _ in _fitted(M, N, K, bits, itemsize, gpu):
+    found = {choose_config(M, N, K, bits, itemsize, gpu, groups): None}
+    for config, _ in _fitted(M, N, K, bits, itemsize, gpu, groups):
         steps = -(-K // _weights_per_step(config, bits, itemsize, gpu))
         most = min(steps, 2 * config.splits)
         found |= {replace(config, splits=s): None for s in (1, 2, 4, 8, 16) if s <= most}
         found[replace(config, num_stages=max(2, config.num_stages - 1))] = None
+        # programs stay with wgmma alone, and only where each has more than one tile to do
+        is_whole = groups == 1 and config.splits == 1
+        if is_whole and byte_pairs(gpu) == 1 and _tiles(config, M, N) > gpu.num_sms:
+            found[replace(config, persistent=True)] = None
     if gpu.capability >= (9, 0) and not gpu.is_hip:
         found[replace(next(iter(found)), early_start=True)] = None
-    if gpu.capability[0] == 9 and not gpu.is_hip:
-        # only where programs have more than one tile to do
-        found |= {
-            replace(config, persistent=True): None
-            for config, _ in _fitted(M, N, K, bits, itemsize, gpu)
-            if _tiles(config, M, N) > gpu.num_sms and config.splits == 1
-        }
     return list(found)
 
 
@@ -293,8 +286,7 @@ def _fit(config: LinearConfig, K: int, bits: int, itemsize: int, gpu: Gpu) -> Li
             config = replace(config, num_stages=config.num_stages - 1)
         else:
             config = replace(config, block_m=config.block_m // 2)
-    # two programs share a multiprocessor only where memory and registers allow: other kernels
-    # would spill for nothing
+    # where two programs do not share a multiprocessor, kernels would spill for nothing
     is_even = K % _weights_per_step(config, bits, itemsize, gpu) == 0
     fits = bits == 4 and itemsize == 2 and is_even and not gpu.is_hip
     return config if fits else replace(config, max_registers=None)
@@ -353,6 +345,19 @@ class Choice:
     config: LinearConfig | CsrcConfig | None = None
 
 
+def measured(
+    M: int, layer: Layer, dtype: torch.dtype, gpu: Gpu, barred: Collection[str]
+) -> Choice | None:
+    """What a device's table names for a layer; None where it names nothing, or what is barred."""
+    found = tuned_choice(gpu.name, M, layer)
+    # tables are of 16-bit products: fp32 is torch's
+    if found is None or found[0] in barred or (dtype == torch.float32 and layer.inputs is None):
+        return None
+    backend, tiles = found
+    kind = CsrcConfig if backend == "csrc" else LinearConfig
+    return Choice(backend, None if tiles is None else kind(**tiles))
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_linear(
     M: int,
@@ -387,14 +392,9 @@ def choose_linear(
         )
     backend = choose_backend(M, inputs, dtype, gpu.capability, deterministic, is_plain)
     rows = planned_rows(M, deterministic)
-    itemsize = 2 if inputs is None else 1
-    if dtype != torch.float32 or inputs is not None:
-        measured = tuned_choice(gpu.name, rows, N, K, bits, group_size, inputs, is_plain)
-        barred = ("dequant_cublas",) * deterministic + ("csrc",) * (not can_csrc)
-        if measured is not None and measured[0] not in barred:
-            name, tiles = measured
-            kind = CsrcConfig if name == "csrc" else LinearConfig
-            return Choice(name, None if tiles is None else kind(**tiles))
-    if backend == "dequant_cublas":
-        return Choice(backend)
-    return Choice(backend, choose_config(rows, N, K, bits, itemsize, gpu))
+    barred = ("dequant_cublas",) * deterministic + ("csrc",) * (not can_csrc)
+    layer = Layer("linear", N, K, bits, group_size, inputs, is_plain)
+    found = measured(rows, layer, dtype, gpu, barred)
+    if found is not None or backend == "dequant_cublas":
+        return found or Choice(backend)
+    return Choice(backend, choose_config(rows, N, K, bits, 2 if inputs is None else 1, gpu))

@@ -11,12 +11,32 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(str(resources.files("lowbit_kernels"))) / "tuned"
 
-Key = tuple[int, int, int, int, str | None, bool]
 Entry = tuple[int, str, dict[str, Any] | None]
+
+
+class Layer(NamedTuple):
+    """What a table tells layers apart by; N and K are of one group of a convolution.
+
+    Args:
+        kind: ``"linear"`` or ``"conv1d"``: a list of the table.
+        N, K: output and input features.
+        bits, group_size, inputs: of the weight's ``QuantSpec``.
+        is_plain: whether neither an activation nor a residual follows.
+        groups: of a convolution.
+    """
+
+    kind: str
+    N: int
+    K: int
+    bits: int
+    group_size: int
+    inputs: str | None
+    is_plain: bool
+    groups: int = 1
 
 
 def table_path(gpu_name: str) -> Path:
@@ -26,7 +46,7 @@ def table_path(gpu_name: str) -> Path:
 
 
 @functools.cache
-def load_table(gpu_name: str) -> dict[Key, list[Entry]]:
+def load_table(gpu_name: str) -> dict[Layer, list[Entry]]:
     """A GPU's table: layer to (rows up to, backend, tiles), rows ascending. Empty if none is there.
 
     Raises:
@@ -36,31 +56,23 @@ def load_table(gpu_name: str) -> dict[Key, list[Entry]]:
     if not path.exists():
         return {}
     try:
-        layers = json.loads(path.read_text())["linear"]
+        table = json.loads(path.read_text())
         return {
-            (
-                layer["N"], layer["K"], layer["bits"], layer["group_size"], layer["inputs"],
-                layer["is_plain"],
+            Layer(
+                kind, layer["N"], layer["K"], layer["bits"], layer["group_size"], layer["inputs"],
+                layer["is_plain"], layer.get("groups", 1),
             ): sorted(
                 ((row["up_to"], row["backend"], row["config"]) for row in layer["rows"]),
                 key=lambda entry: entry[0],
             )
+            for kind, layers in (("linear", table["linear"]), ("conv1d", table.get("conv1d", [])))
             for layer in layers
         }  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a table of tuned layers: {error!r}") from error
 
 
-def tuned_choice(
-    gpu_name: str,
-    M: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    inputs: str | None,
-    is_plain: bool,
-) -> tuple[str, dict[str, Any] | None] | None:
+def tuned_choice(gpu_name: str, M: int, layer: Layer) -> tuple[str, dict[str, Any] | None] | None:
     """Backend and tiles that were fastest for a layer; None where it was not measured."""
-    entries = load_table(gpu_name).get((N, K, bits, group_size, inputs, is_plain), [])
+    entries = load_table(gpu_name).get(layer, [])
     return next(((backend, config) for rows, backend, config in entries if rows >= M), None)
