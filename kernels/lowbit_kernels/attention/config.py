@@ -54,9 +54,9 @@ _RELATIVE_LARGE = {
 }
 _RELATIVE_SMALL = {
     "forward": {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
-    "backward_dq": {64: (32, 4, 2), 128: (32, 4, 1), 256: (32, 8, 1)},
+    "backward_dq": {64: (32, 4, 2), 128: (32, 8, 1), 256: (32, 8, 1)},
     "backward_dkdv": {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
-    "offsets": {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+    "offsets": {64: (32, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
 }
 _RELATIVE_SMALLEST = {
     kernel: tiles | {256: (16, 4, 1)} for kernel, tiles in _RELATIVE_SMALL.items()
