@@ -93,11 +93,6 @@ class Scheme:
     table: Tensor
     rows: Tensor | None = None
 
-    def _index(self, T: int) -> Tensor:
-        """[T, T], where a table of offsets has that from query to key."""
-        frames, largest = torch.arange(T, device=self.table.device), self.table.shape[1] // 2
-        return (frames - frames[:, None] + largest).clamp(0, 2 * largest)
-
     def to(self, dtype: torch.dtype) -> "Scheme":
         """In another dtype."""
         rows = None if self.rows is None else self.rows.to(dtype)
@@ -105,35 +100,57 @@ class Scheme:
 
     def scores(self, T: int, scale: float) -> Tensor:
         """What is added to the scaled scores: broadcastable to [B, H, T, T]."""
-        if self.kind == "dense":
-            return self.table
-        index = self._index(T)
+        if self.kind == "dense" or T == 0:
+            return self.table if T else self.table.new_zeros(1, 1, 0, 0)
+        table = _resize(self.table, T)
         if self.kind == "offset":
-            bias = self.table[:, index][None]
-            return bias if self.rows is None else bias * self.rows[..., None]
+            # of the last query first: a key or a query on is an offset on
+            H, offsets = table.shape
+            bias = table.as_strided((H, T, T), (offsets, 1, 1), table.storage_offset()).flip(1)
+            return bias[None] if self.rows is None else bias * self.rows[..., None]
         assert self.rows is not None, "keys of offsets are scored by queries"
-        of_offsets = self.rows @ self.table.mT * scale  # [B, H, T, 2 R + 1]
-        return of_offsets.gather(-1, index.expand(*of_offsets.shape[:3], -1))
+        return _by_key((self.rows @ table.mT * scale).contiguous())
 
     def gradients(self, grad_scores: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """Gradients of table and rows from that of the scores [B, H, T, T]."""
         if self.kind == "dense":
             return grad_scores.sum_to_size(self.table.shape), None
-        T, dtype = grad_scores.shape[2], grad_scores.dtype
-        index, table = self._index(T), self.table.to(dtype)
-        if self.kind == "relative":
-            assert self.rows is not None, "keys of offsets are scored by queries"
-            per_offset = grad_scores.new_zeros(*grad_scores.shape[:3], table.shape[1])
-            per_offset.scatter_add_(-1, index.expand_as(grad_scores), grad_scores)
+        H, T = grad_scores.shape[1:3]
+        wide, drows = self.to(grad_scores.dtype), None
+        if T == 0:
+            drows = None if wide.rows is None else torch.zeros_like(wide.rows)
+            return torch.zeros_like(wide.table), drows
+        if self.kind == "offset" and wide.rows is not None:
+            bias = Scheme("offset", wide.table).scores(T, scale)
+            drows = (grad_scores * bias).sum(-1)
+            grad_scores = grad_scores * wide.rows[..., None]
+        if self.kind == "offset":
+            grad_scores = grad_scores.sum(0, keepdim=True)
+        per_offset = grad_scores.new_zeros(*grad_scores.shape[:3], 2 * T - 1)
+        _by_key(per_offset).copy_(grad_scores)
+        if self.kind == "offset":
+            dtable = per_offset.sum((0, 2))
+        else:
+            assert wide.rows is not None, "keys of offsets are scored by queries"
             per_offset *= scale
-            dtable = (per_offset.mT @ self.rows.to(dtype)).sum(0)
-            return dtable.sum_to_size(table.shape), per_offset @ table
-        drows = None
-        if self.rows is not None:
-            drows = (grad_scores * table[:, index]).sum(-1)
-            grad_scores = grad_scores * self.rows.to(dtype)[..., None]
-        summed = grad_scores.sum(0).flatten(1)
-        return torch.zeros_like(table).index_add_(1, index.flatten(), summed), drows
+            dtable = (per_offset.mT @ wide.rows).sum(0)
+            dtable = dtable.sum(0, keepdim=True) if self.table.shape[0] < H else dtable
+            drows = per_offset @ _resize(wide.table, T)
+        return _resize(dtable, self.table.shape[1] // 2 + 1), drows
+
+
+def _resize(table: Tensor, T: int) -> Tensor:
+    """A table [H, 2 R + 1, ...] of the offsets of T frames, with zeros where it has none."""
+    missing = T - 1 - table.shape[1] // 2
+    sides = (0, 0) * (table.dim() - 2) + (missing, missing)
+    return torch.nn.functional.pad(table, sides).contiguous()
+
+
+def _by_key(per_offset: Tensor) -> Tensor:
+    """The view [B, H, T, T] of numbers [B, H, T, 2 T - 1], by key instead of by offset."""
+    B, H, T, offsets = per_offset.shape
+    strides = (H * T * offsets, T * offsets, offsets - 1, 1)
+    return per_offset.as_strided((B, H, T, T), strides, per_offset.storage_offset() + T - 1)
 
 
 def resolve(
