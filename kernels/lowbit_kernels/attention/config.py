@@ -48,7 +48,7 @@ _FP32 = {
 # of tables of offsets, as many queries as keys: block, num_warps, num_stages
 _RELATIVE_LARGE = {
     "forward": {64: (64, 4, 2), 128: (64, 4, 1), 256: (32, 4, 1)},
-    "backward_dq": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+    "backward_dq": {64: (64, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
     "backward_dkdv": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
     "offsets": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
 }
