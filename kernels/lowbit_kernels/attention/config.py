@@ -49,23 +49,29 @@ _FP32 = {
 _RELATIVE_LARGE = {
     "forward": {64: (64, 4, 2), 128: (64, 4, 1), 256: (32, 4, 1)},
     "backward_dq": {64: (64, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
-    "backward_dkdv": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+    "backward_dkdv": {64: (64, 4, 2), 128: (32, 8, 2), 256: (16, 4, 1)},
     "offsets": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
 }
 _RELATIVE_SMALL = {
     "forward": {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
     "backward_dq": {64: (32, 4, 2), 128: (32, 8, 1), 256: (32, 8, 1)},
-    "backward_dkdv": {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+    "backward_dkdv": {64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 4, 1)},
     "offsets": {64: (32, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
 }
 _RELATIVE_SMALLEST = {
-    kernel: tiles | {256: (16, 4, 1)} for kernel, tiles in _RELATIVE_SMALL.items()
+    "forward": {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+    "backward_dq": {64: (32, 4, 2), 128: (16, 4, 1), 256: (16, 4, 1)},
+    "backward_dkdv": {64: (32, 4, 2), 128: (16, 4, 1), 256: (16, 4, 1)},
+    "offsets": dict.fromkeys((64, 128, 256), (16, 4, 1)),
 }
 _RELATIVE_FP32 = {
     "forward": {64: (32, 8, 2), 128: (16, 4, 1), 256: (16, 4, 1)},
     "backward_dq": {64: (16, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
     "backward_dkdv": {64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
     "offsets": {64: (16, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+}
+_RELATIVE_SMALLEST_FP32 = {
+    kernel: dict.fromkeys((64, 128, 256), (16, 4, 1)) for kernel in _RELATIVE_FP32
 }
 # operands of fp32 come through registers, which the gradients of larger heads overflow
 MAX_FP32_HEAD_DIM = 64
@@ -122,10 +128,10 @@ def default_config(
 def _relative_tiles(
     is_fp32: bool, has_dropout: bool, shared_bytes: int
 ) -> dict[str, dict[int, tuple[int, int, int]]]:
+    if shared_bytes < SMALLEST_SHARED_BYTES:
+        return _RELATIVE_SMALLEST_FP32 if is_fp32 else _RELATIVE_SMALLEST
     if is_fp32:
         return _RELATIVE_FP32
-    if shared_bytes < SMALLEST_SHARED_BYTES:
-        return _RELATIVE_SMALLEST
     # large tiles spill where wgmma does not take operands from shared memory
     is_small = has_dropout or shared_bytes < WGMMA_SHARED_BYTES
     return _RELATIVE_SMALL if is_small else _RELATIVE_LARGE
