@@ -304,16 +304,3 @@ def test_training_counts_valid_frames_only():
         torch.testing.assert_close(a.grad, b.grad, msg=name)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(module.batch_norm, name), getattr(twin.batch_norm, name))
-
-
-@pytest.mark.parametrize("calibration", [None, [torch.randn(1, 16, 40)]])
-def test_depthwise_convolutions_of_a_preset_take_float_inputs(calibration):
-    layers = [nn.Conv1d(16, 16, 1), nn.Conv1d(16, 16, 5, groups=16), nn.Conv1d(16, 16, 5, groups=4)]
-    model = nn.Sequential(*layers).eval()
-    preset = copy.deepcopy(model)
-    report = quantize(preset, QuantConfig.fast(), calibration=calibration)
-    assert [layer.spec.inputs for layer in preset] == ["int8", None, "int8"]
-    assert report.layers[1].reason == "default, float inputs"
-    asked = QuantConfig(overrides={"1": QuantSpec(8, None, inputs="int8")})
-    quantize(model, asked)
-    assert model[1].spec.inputs == "int8"

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import QuantConfig, QuantSpec
 from lowbit_kernels.formats.config import DEFAULT_SKIP
 from lowbit_kernels.modules import QuantizedModule, check_spec
-from lowbit_kernels.modules.conv1d import CONV1D_INPUTS, is_depthwise
+from lowbit_kernels.modules.conv1d import CONV1D_INPUTS
 
 # their children are read by weight, not called
 _WEIGHT_READERS = (nn.MultiheadAttention,)
@@ -117,9 +117,6 @@ def _decide(
             return None, "one input channel: little to gain"
         if module.groups > 1 and not spec.symmetric:
             return None, "grouped convolutions take symmetric weights"
-        if is_depthwise(module) and spec.inputs is not None and rule == "default":
-            # it multiplies in float either way: a pass that quantizes its input saves nothing
-            return replace(spec, inputs=None, input_scale="token"), "default, float inputs"
     return spec, rule
 
 

@@ -74,10 +74,7 @@ class QuantConfig:
 
     @classmethod
     def fast(cls, bits: int = 4) -> "QuantConfig":
-        """The most speed: low-bit weights, int8 inputs and int8 arithmetic.
-
-        Depthwise convolutions, which multiply in float, take float inputs.
-        """
+        """The most speed: low-bit weights, int8 inputs and int8 arithmetic."""
         return cls(QuantSpec(bits=bits, inputs="int8"))
 
     def spec_for(self, name: str) -> tuple[QuantSpec | None, str]:
