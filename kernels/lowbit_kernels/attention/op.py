@@ -261,9 +261,9 @@ def flash_attention(
         lengths: [B], int32 or int64, on q's device: the valid frames of each utterance, the rest
             being padding (of finite numbers) on the right. Below 0 acts as 0, above T as T.
         window: frames that a query sees on each side of itself. None: all of them.
-        position: what is added to the scores: None, a ``DenseBias``, ``BucketedBias``,
-            ``RelativeKey`` or ``TransformerXL``. None but the first makes a [T, T] tensor on a
-            GPU; on a CPU all do.
+        position: what is added to the scores: None, or a ``DenseBias``, ``BucketedBias``,
+            ``RelativeKey`` or ``TransformerXL``. On a GPU only a ``DenseBias`` and its gradient
+            take memory that grows with the square of T; on a CPU each of them does.
         scale: multiplies q @ k, above 0. None: 1 / sqrt(D).
         dropout_p: the probability to drop an attention weight, in [0, 1). The mask is drawn from
             PyTorch's generator of q's device, anew at every replay of a CUDA graph.
