@@ -17,6 +17,7 @@ from lowbit_kernels.norm.norm_quantize_kernel import (
     norm_quantize_backward_triton,
     norm_quantize_triton,
 )
+from lowbit_kernels.norm.reference import quantize_rows_reference
 from lowbit_kernels.testing import assert_as_accurate
 from tests.norm_cases import (
     DTYPES,
@@ -50,7 +51,7 @@ def norm_inputs(shape, has_residual, dtype, device):
 @pytest.mark.parametrize("shape", ROW_SHAPES)
 def test_norm_quantize_kernels_are_as_accurate_as_torch(shape, has_residual, dtype, device):
     x, weight, bias, residual = norm_inputs(shape, has_residual, dtype, device)
-    h, y, q, scale, mean, rstd = norm_quantize_triton(x, weight, bias, residual, EPS, True)
+    h, _, q, scale, mean, rstd = norm_quantize_triton(x, weight, bias, residual, EPS, False)
     total = x + residual if has_residual else x
     if has_residual:
         assert torch.equal(h, total)
@@ -59,7 +60,9 @@ def test_norm_quantize_kernels_are_as_accurate_as_torch(shape, has_residual, dty
     low_leaves = [leaf.float().detach().requires_grad_() for leaf in (total, weight, bias)]
     low = F.layer_norm(low_leaves[0], shape[-1:], low_leaves[1], low_leaves[2], EPS)
     assert_quantized(q, scale, low.detach(), high.detach())
-    assert torch.equal(y, (q * scale).to(dtype))
+    _, y, q, scale, _, _ = norm_quantize_triton(x, weight, bias, residual, EPS, True)
+    assert_as_accurate(y, low.detach().to(dtype), high.detach(), "y")
+    assert_quantized(q, scale, y.float(), y.double())
 
     grad_y, grad_h = torch.randn_like(x), torch.randn_like(x) if has_residual else None
     actual = norm_quantize_backward_triton(grad_y, grad_h, total, weight, bias, mean, rstd)
@@ -92,7 +95,7 @@ def test_gradient_where_a_program_has_several_groups_of_rows(device, monkeypatch
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_norm_quantize_op_equals_the_reference(has_residual, dtype):
     x, weight, bias, residual = norm_inputs((3, 5, 20), has_residual, dtype, "cpu")
-    q, scale, h, y = norm_quantize(x, weight, bias, residual=residual, return_dequantized=True)
+    q, scale, h = norm_quantize(x, weight, bias, residual=residual)
     _, low, wanted_h, _ = norm_quantize_reference(x, weight, bias, residual, EPS)
     assert torch.equal(h, wanted_h)
     _, high, _, normalized = norm_quantize_reference(
@@ -100,10 +103,21 @@ def test_norm_quantize_op_equals_the_reference(has_residual, dtype):
     )
     assert_as_accurate(scale, low, high.double(), "scale")
     assert torch.equal(q, (normalized * (1 / scale)).round().to(torch.int8))
-    assert torch.equal(y, (q * scale).to(dtype))
-    plain = norm_quantize(x, weight, bias, residual=residual)
-    assert len(plain) == 3
-    assert torch.equal(plain[0], q)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["own scale", "static scale"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_integers_are_those_of_the_normalized_rows_that_come_with_them(dtype, static):
+    x, weight, bias, residual = norm_inputs((3, 5, 20), True, dtype, "cpu")
+    given = torch.tensor(0.01) if static else None
+    q, scale, h, y = norm_quantize(
+        x, weight, bias, residual=residual, scale=given, return_normalized=True
+    )
+    high = F.layer_norm(h.double(), (20,), weight.double(), bias.double(), EPS)
+    assert_as_accurate(y, F.layer_norm(h, (20,), weight, bias, EPS), high)
+    wanted, wanted_scale = quantize_rows_reference(y.float(), given)
+    assert torch.equal(scale, wanted_scale.expand_as(scale))
+    assert torch.equal(q, wanted)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -113,7 +127,7 @@ def test_norm_quantize_gradient_is_that_of_layer_norm(has_residual, device):
     x, weight, bias, residual = leaves
     grad_y, grad_h = torch.randn(2, 2, 7, 12, dtype=torch.float64)
     present = [leaf for leaf in leaves if leaf is not None]
-    _, _, h, y = norm_quantize(x, weight, bias, residual=residual, return_dequantized=True)
+    _, _, h, y = norm_quantize(x, weight, bias, residual=residual, return_normalized=True)
     actual = torch.autograd.grad((y * grad_y).sum() + (h * grad_h).sum(), present)
     total = x + residual if has_residual else x * 1
     normalized = F.layer_norm(total, (12,), weight, bias)
@@ -154,17 +168,17 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(triton, device):
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-@pytest.mark.parametrize("return_dequantized", [False, True])
-def test_norm_quantize_is_registered_correctly(return_dequantized, permuted, device):
+@pytest.mark.parametrize("return_normalized", [False, True])
+def test_norm_quantize_is_registered_correctly(return_normalized, permuted, device):
     x, weight, bias, residual = norm_inputs((4, 3, 8), True, torch.float32, device)
     if permuted:
         x, residual = x.transpose(0, 1), residual.transpose(0, 1)
     op = torch.ops.lowbit.norm_quantize.default
     leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias, residual)]
-    torch.library.opcheck(op, (*leaves, EPS, return_dequantized, *PLAIN))
-    torch.library.opcheck(op, (*leaves[:3], None, EPS, return_dequantized, *PLAIN))
+    torch.library.opcheck(op, (*leaves, EPS, return_normalized, *PLAIN))
+    torch.library.opcheck(op, (*leaves[:3], None, EPS, return_normalized, *PLAIN))
     lengths = torch.tensor([2, 0, 3] if permuted else [3, 1, 0, 2], device=device)
-    torch.library.opcheck(op, (*leaves, EPS, True, lengths, "gelu", None, return_dequantized))
+    torch.library.opcheck(op, (*leaves, EPS, True, lengths, "gelu", None, return_normalized))
     h, _, _, _, mean, rstd = op(x, weight, bias, residual, EPS, False, *PLAIN)
     torch.library.opcheck(
         torch.ops.lowbit.norm_quantize_backward.default,

@@ -33,6 +33,7 @@ from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
 from lowbit_kernels.integrations import rebuild
 from lowbit_kernels.integrations.checksum import check_files, read_header
+from lowbit_kernels.integrations.fuse import is_fused
 from lowbit_kernels.integrations.skeletons import (
     check_layers,
     check_version,
@@ -116,6 +117,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "model": type(model).__name__,
         "rebuild": rebuild.describe(model),
         "layers": layers,
+        "fuse": is_fused(model),
         "weights": {"file": weights.name, "sha256": _sha256(weights), "aliases": aliases},
     }
     manifest["sha256"] = _manifest_hash(manifest)
@@ -162,7 +164,7 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
     adapt(target)
     target.load_state_dict(state)
     spec = next(iter(skeletons.values())).spec
-    finish(target, QuantConfig(spec))
+    finish(target, QuantConfig(spec, fuse=manifest.get("fuse", False)))
     return target
 
 

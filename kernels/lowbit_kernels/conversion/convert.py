@@ -31,6 +31,7 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     method: str = "rtn",
     deterministic: bool = False,
+    fuse: bool = False,
     dry_run: bool = False,
 ) -> QuantizationReport:
     """Replace a model's linear layers and convolutions by low-bit ones, in place.
@@ -49,6 +50,11 @@ def quantize(
             matrix products of layers left in float (on a CPU, a head's for an utterance of fewer
             than 8 frames), activation functions on a CPU if they are not fused into a layer. Of a
             linear layer with ``input_scale="utterance"`` padding is part of the utterance.
+        fuse: let the encoder layers of transformers' wav2vec2 family and of Whisper run in a
+            handful of ops in inference: one matmul for queries, keys and values, norms that make
+            the next layer's int8 rows, residuals and activations in the matmuls' epilogues. Sets
+            ``attn_implementation="lowbit"``; with another one, with gradients, under autocast or
+            ``torch.compile``, or with hooks or adapters inside, a layer runs as without ``fuse``.
         dry_run: only report.
 
     Returns:
@@ -65,6 +71,7 @@ def quantize(
     config = _as_config(config)
     if deterministic:
         config = _deterministic(config)
+    config = dataclasses.replace(config, fuse=config.fuse or fuse)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if isinstance(calibration, str | Mapping) or not isinstance(calibration, Iterable | None):

@@ -61,7 +61,7 @@ def linear_cpu(
 
 def linear_int8_cpu(
     q: Tensor,
-    q_scale: Tensor,
+    q_scale: Tensor | None,
     weight: QuantizedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -71,7 +71,7 @@ def linear_int8_cpu(
 
     Args:
         q: [..., K] int8.
-        q_scale: [..., 1] fp32.
+        q_scale: [..., 1] fp32. None: 1.
         weight, bias, residual, epilogue: as in ``linear_cpu``.
     """
     M, K = q.numel() // weight.K, weight.K
@@ -80,7 +80,7 @@ def linear_int8_cpu(
         return torch.empty(*q.shape[:-1], width)
     levels = with_slack((M, K), torch.uint8)
     torch.bitwise_xor(q.reshape(M, K).view(torch.uint8), ZERO_POINT, out=levels)
-    scale = q_scale.reshape(M, 1).contiguous()
+    scale = torch.ones(M, 1) if q_scale is None else q_scale.reshape(M, 1).contiguous()
     finish = Finish(bias, epilogue, None if residual is None else residual.reshape(M, width))
     y = finish.run(partial(multiply, Rows(levels, M, K, K), weight, scale))
     return y.view(*q.shape[:-1], width)

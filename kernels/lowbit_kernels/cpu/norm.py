@@ -95,7 +95,8 @@ def norm_quantize_cpu(
     bias: Tensor,
     residual: Tensor | None,
     eps: float,
-    return_dequantized: bool,
+    return_normalized: bool,
+    static_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Add a residual, apply LayerNorm, and quantize each row to int8, in one pass.
 
@@ -105,10 +106,11 @@ def norm_quantize_cpu(
         bias: [N], any floating dtype.
         residual: like x, or None.
         eps: added to the variance.
-        return_dequantized: whether to write q * scale too.
+        return_normalized: whether to write what is quantized too.
+        static_scale: [], fp32: the scale of all rows. None: each row's own.
 
     Returns:
-        h, empty without a residual; y = q * scale, empty unless asked for; q int8; scale, mean
+        h, empty without a residual; y, normalized, empty unless asked for; q int8; scale, mean
         and rstd [..., 1]. None where our kernels are not compiled.
     """
     library = lib.native()
@@ -116,7 +118,7 @@ def norm_quantize_cpu(
         return None
     N = x.shape[-1]
     h = torch.empty(0 if residual is None else x.shape)
-    y = torch.empty(x.shape if return_dequantized else 0)
+    y = torch.empty(x.shape if return_normalized else 0)
     q = torch.empty(x.shape, dtype=torch.int8)
     scale, mean, rstd = (torch.empty(*x.shape[:-1], 1) for _ in range(3))
     x, weight, bias = x.contiguous(), weight.detach().float(), bias.detach().float()
@@ -124,8 +126,9 @@ def norm_quantize_cpu(
     residual = None if residual is None else residual.contiguous()
     arguments = lib.NormQuantize(
         rows=x.numel() // N, columns=N, x=lib.pointer(x), residual=lib.pointer(residual),
-        weight=lib.pointer(weight), bias=lib.pointer(bias), eps=eps, h=lib.pointer(h),
-        y=lib.pointer(y) if return_dequantized else None, q=lib.pointer(q),
+        weight=lib.pointer(weight), bias=lib.pointer(bias), eps=eps,
+        static_scale=lib.pointer(static_scale), h=lib.pointer(h),
+        y=lib.pointer(y) if return_normalized else None, q=lib.pointer(q),
         scale=lib.pointer(scale), mean=lib.pointer(mean), rstd=lib.pointer(rstd),
         threads=lib.threads(),
     )  # fmt: skip

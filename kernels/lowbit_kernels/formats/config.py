@@ -1,5 +1,6 @@
 """QuantConfig: which layer of a model gets which QuantSpec."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class QuantConfig:
             ``None`` (leave in float). The first match wins, and wins over ``skip``.
         skip: regular expressions of modules to leave in float: heads, codebooks, adapters.
         attention_matmuls: low-bit q, k, v and probabilities, for training recipes; ``None`` here.
+        fuse: whether encoder layers run in a handful of ops, see ``quantize``.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -37,6 +39,7 @@ class QuantConfig:
     overrides: Mapping[str, QuantSpec | None] = field(default_factory=dict)
     skip: tuple[str, ...] = DEFAULT_SKIP
     attention_matmuls: str | None = None
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.default, QuantSpec):
@@ -62,6 +65,8 @@ class QuantConfig:
                 raise ValueError(
                     f"overrides[{pattern!r}] must be a QuantSpec or None, got {spec!r}"
                 )
+        if not isinstance(self.fuse, bool):
+            raise ValueError(f"fuse must be True or False, got {self.fuse!r}")
         if self.attention_matmuls is not None:
             raise ValueError(
                 f"attention_matmuls must be None in this version, got {self.attention_matmuls!r}"
@@ -94,6 +99,7 @@ class QuantConfig:
             "overrides": {k: v and v.to_dict() for k, v in self.overrides.items()},
             "skip": list(self.skip),
             "attention_matmuls": self.attention_matmuls,
+            "fuse": self.fuse,
         }
 
     @classmethod
@@ -103,7 +109,7 @@ class QuantConfig:
         Raises:
             ValueError: for an unknown key or a wrong value.
         """
-        known = {"default", "overrides", "skip", "attention_matmuls"}
+        known = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(data) - known:
             raise ValueError(f"a QuantConfig has {sorted(known)}, got {sorted(unknown)}")
         if "default" not in data:
@@ -113,4 +119,5 @@ class QuantConfig:
             overrides={k: v and QuantSpec(**v) for k, v in data.get("overrides", {}).items()},
             skip=tuple(data.get("skip", DEFAULT_SKIP)),
             attention_matmuls=data.get("attention_matmuls"),
+            fuse=data.get("fuse", False),
         )

@@ -18,6 +18,8 @@ class Swapped:
 
     _mixin: type
     _origin: type
+    # attributes of an instance that a copy has no use for, and that go with the mixin
+    _scratch: tuple[str, ...] = ()
 
     if TYPE_CHECKING:  # what the class behind a mixin has, which a checker cannot see
 
@@ -26,7 +28,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the subclass has no importable name, so pickle and copy rebuild it from its two parts
-        return _rebuild, (self._mixin, self._origin), self.__dict__
+        state = {name: value for name, value in self.__dict__.items() if name not in self._scratch}
+        return _rebuild, (self._mixin, self._origin), state
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> nn.Module:
@@ -38,6 +41,8 @@ def swap_class(module: nn.Module, mixin: type[Swapped]) -> nn.Module:
 def restore_class(module: nn.Module) -> nn.Module:
     """Undo ``swap_class`` and take this package's hooks away; gives the module back."""
     if isinstance(module, Swapped):
+        for name in module._scratch:
+            module.__dict__.pop(name, None)
         module.__class__ = module._origin
     for key, hook in list(module._forward_pre_hooks.items()):
         if str(getattr(hook, "__module__", "")).startswith("lowbit_kernels.integrations."):

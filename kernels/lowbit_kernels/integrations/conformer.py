@@ -43,12 +43,12 @@ class MaskedConvolutionModule(Swapped):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         mask, self._mask = self._mask, None
-        if _fuses(self, self.batch_norm):
+        if fuses_module(self, self.batch_norm):
             # the model derives its masks from lengths
             lengths = None if mask is None else mask.sum(1)
             first = self.layer_norm if type(self.layer_norm) is nn.LayerNorm else None
             x = hidden_states if first else self.layer_norm(hidden_states)
-            return _convolve(self, x, self.batch_norm, lengths, first)
+            return convolve_module(self, x, self.batch_norm, lengths, first)
         norm, epilogue = self.batch_norm, epilogue_of(self.activation)
         trains = norm.training and epilogue is not None and type(norm) in _BATCH_NORMS
         if mask is None and not trains:
@@ -68,14 +68,14 @@ class FusedBertConvolutionModule(Swapped):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, C] to [B, T, C]; ``attention_mask`` [B, T], of any form."""
-        if not _fuses(self, self.depthwise_layer_norm):
+        if not fuses_module(self, self.depthwise_layer_norm):
             return super().forward(hidden_states, attention_mask)  # type: ignore[no-any-return]
         x = self.layer_norm(hidden_states)
         if attention_mask is not None:
             # without biases it stays zero until the depthwise convolution
             x = x.masked_fill(~attention_mask.bool()[..., None], 0)
         left = self.depthwise_conv.kernel_size[0] - 1
-        return _convolve(self, x, self.depthwise_layer_norm, padding=(left, 0))
+        return convolve_module(self, x, self.depthwise_layer_norm, padding=(left, 0))
 
 
 class FusedParakeetConvolutionModule(Swapped):
@@ -84,13 +84,15 @@ class FusedParakeetConvolutionModule(Swapped):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, C] to [B, T, C]; ``attention_mask`` [B, 1, T, T]."""
         readable = attention_mask is None or isinstance(attention_mask, Tensor)
-        if not readable or not _fuses(self, self.norm):
+        if not readable or not fuses_module(self, self.norm):
             return super().forward(hidden_states, attention_mask)  # type: ignore[no-any-return]
         valid = _valid_frames(attention_mask)
-        return _convolve(self, hidden_states, self.norm, None if valid is None else valid.sum(1))
+        return convolve_module(
+            self, hidden_states, self.norm, None if valid is None else valid.sum(1)
+        )
 
 
-def _fuses(module: Any, norm: nn.Module) -> bool:
+def fuses_module(module: Any, norm: nn.Module) -> bool:
     """Whether a convolution module of transformers can run as three ops here and now."""
     return (
         not (module.training or norm.training)
@@ -102,18 +104,20 @@ def _fuses(module: Any, norm: nn.Module) -> bool:
     )
 
 
-def _convolve(
+def convolve_module(
     module: Any,
     x: Tensor,
     norm: nn.Module,
     lengths: Tensor | None = None,
     layer_norm: nn.LayerNorm | None = None,
     padding: tuple[int, int] | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
+    """A convolution module of transformers as three ops, [B, T, C] to [B, T, C]."""
     return convolve(
         x, module.pointwise_conv1, module.depthwise_conv, norm, epilogue_of(module.activation),
         module.pointwise_conv2, padding=padding or module.depthwise_conv.padding[0],
-        layer_norm=layer_norm, lengths=lengths,
+        layer_norm=layer_norm, lengths=lengths, residual=residual,
     )  # fmt: skip
 
 

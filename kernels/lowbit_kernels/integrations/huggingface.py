@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from lowbit_kernels.conversion import adapt, dequantize, exposed, quantize
 from lowbit_kernels.formats import QuantConfig
 from lowbit_kernels.integrations import checksum
+from lowbit_kernels.integrations.fuse import fuse_layers
 from lowbit_kernels.integrations.huggingface_config import QUANT_METHOD, LowbitConfig
 from lowbit_kernels.integrations.skeletons import layer_table, place_skeletons
 from lowbit_kernels.modules import QuantizedModule
@@ -100,6 +101,8 @@ def is_pretrained(model: nn.Module) -> bool:
 def attach(model: Any, config: QuantConfig) -> None:
     """Mark a transformers model as quantized: ``save_pretrained`` then writes its layer table.
 
+    With ``config.fuse`` its encoder layers become fused ones.
+
     Args:
         model: holds quantized layers.
         config: what it was quantized with.
@@ -109,6 +112,8 @@ def attach(model: Any, config: QuantConfig) -> None:
     model.hf_quantizer = LowbitQuantizer(stored, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     _set_quantized(model, True)
+    if config.fuse and fuse_layers(model):
+        model.set_attn_implementation("lowbit")
 
 
 def detach(model: Any) -> None:

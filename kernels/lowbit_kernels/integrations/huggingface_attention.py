@@ -36,6 +36,10 @@ def lowbit_mask(**kwargs: Any) -> Tensor | None:
     may_cross = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
     plain = kwargs.get("mask_function") is bidirectional_mask_function and not may_cross
     mask: Tensor | None = kwargs.get("attention_mask")
+    if plain and mask is not None and mask.dim() == 2 and not torch.compiler.is_compiling():
+        # a tensor of this forward's own, which takes to all layers what is derived once
+        mask = mask.detach()
+        mask._lowbit_lengths = lengths_of(mask)  # type: ignore[attr-defined]
     if plain and (mask is None or mask.dim() == 2):
         return mask
     return sdpa_mask(**kwargs)  # type: ignore[no-any-return]
@@ -103,6 +107,9 @@ def lowbit_attention(
 
 def lengths_of(mask: Tensor) -> Tensor:
     """Valid frames [B] of a mask [B, T]; refuses left padding and gaps."""
+    known: Tensor | None = getattr(mask, "_lowbit_lengths", None)
+    if known is not None:
+        return known
     if not torch.compiler.is_compiling():
         message = "attention_mask must be true up to each length and false after it"
         right_padded = (mask[:, :-1] | ~mask[:, 1:]).all()

@@ -7,6 +7,7 @@ Dimension key: B batch, H heads, T frames, D head dimension, C = H * D.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit_kernels.attention import Position, RelativeKey, TransformerXL, flash_attention
@@ -37,17 +38,27 @@ class FusedRelativeAttention(Swapped):
         )
         position: Position
         if relative_position_embeddings is None or self.position_embeddings_type != "relative":
-            table = self.distance_embedding.weight.to(q.dtype)
-            position = RelativeKey(table, self.left_max_position_embeddings)
+            position = relative_keys(self, q.dtype)
         else:
             keys = self.linear_pos(relative_position_embeddings[0]).to(q.dtype)
-            keys = keys.unflatten(-1, (-1, self.head_size)).transpose(0, 1)
-            position = TransformerXL(keys, self.pos_bias_u, self.pos_bias_v)
+            position = transformer_xl(self, keys)
         out = flash_attention(
             q, k, v, lengths=_lengths(attention_mask), position=position, scale=self.scaling,
             dropout_p=self.dropout.p if self.training else 0.0,
         )  # fmt: skip
         return self.linear_out(out.transpose(1, 2).flatten(2)), None
+
+
+def relative_keys(attention: Any, dtype: torch.dtype) -> RelativeKey:
+    """The position scheme of w2v-BERT."""
+    table = attention.distance_embedding.weight.to(dtype)
+    return RelativeKey(table, attention.left_max_position_embeddings)
+
+
+def transformer_xl(attention: Any, keys: Tensor) -> TransformerXL:
+    """That of wav2vec2-conformer, from the projected positions [2 T - 1, C]."""
+    keys = keys.unflatten(-1, (-1, attention.head_size)).transpose(0, 1)
+    return TransformerXL(keys, attention.pos_bias_u, attention.pos_bias_v)
 
 
 class FusedParakeetAttention(Swapped):

@@ -89,7 +89,7 @@ def _of_shape(y: Tensor, x: Tensor) -> Tensor:
 
 def linear_int8_cuda(
     q: Tensor,
-    q_scale: Tensor,
+    q_scale: Tensor | None,
     weight: QuantizedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -107,7 +107,7 @@ def linear_int8_cuda(
     y, _ = linear_triton(
         rows, _resident(weight) if choice.backend == "resident_int8" else weight,
         bias, _matrix(residual), epilogue, choice.config,
-        x_scale=q_scale.reshape(-1), dtype=dtype, out_scale=out_scale,
+        x_scale=None if q_scale is None else q_scale.reshape(-1), dtype=dtype, out_scale=out_scale,
     )  # fmt: skip
     return _of_shape(y, q)
 

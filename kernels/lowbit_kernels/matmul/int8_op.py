@@ -17,7 +17,7 @@ from lowbit_kernels.matmul.reference import quantize_rows
 
 torch.library.define(
     "lowbit::linear_int8",
-    "(Tensor q, Tensor q_scale, Tensor? bias, Tensor? residual, str? epilogue, ScalarType dtype, "
+    "(Tensor q, Tensor? q_scale, Tensor? bias, Tensor? residual, str? epilogue, ScalarType dtype, "
     f"Tensor? out_scale, {PACKED}) -> Tensor",
 )
 
@@ -51,7 +51,7 @@ implement_on_cuda("lowbit::linear_int8", _cuda)
 
 def low_bit_linear_int8(
     q: Tensor,
-    q_scale: Tensor,
+    q_scale: Tensor | None,
     weight: QuantizedWeight,
     bias: Tensor | None = None,
     *,
@@ -67,7 +67,7 @@ def low_bit_linear_int8(
 
     Args:
         q: [..., K] int8 in [-127, 127].
-        q_scale: [..., 1] fp32, of each row.
+        q_scale: [..., 1] fp32, of each row. None: 1, the scale of the input is in the weight's.
         weight: [N, K], its spec with ``inputs="int8"``.
         bias: [N], of ``dtype``.
         epilogue: as in ``low_bit_linear``.

@@ -4,7 +4,7 @@ Dimension key: N output channels, K the reduction (see ``formats/packing.py``).
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -217,3 +217,19 @@ class QuantizedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if requantized:
             self._weight_changed()
+
+
+def remembered(
+    module: nn.Module, name: str, tensors: Sequence[Tensor], make: Callable[[], Any]
+) -> Any:
+    """What ``make`` returns, called again when one of the tensors that go into it has changed."""
+    # what inference mode made does not count its changes
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        return make()
+    key = [(t.data_ptr(), t._version) for t in tensors]
+    stored = module.__dict__.get(name)
+    if stored is None or stored[0] != key:
+        # the tensors are kept, or others could take their place in memory
+        stored = key, make(), [t.detach() for t in tensors]
+        module.__dict__[name] = stored
+    return stored[1]

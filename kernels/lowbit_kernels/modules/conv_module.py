@@ -3,15 +3,16 @@
 Dimension key: B batch, T frames, C channels.
 """
 
+from functools import partial
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.conv1d.depthwise_op import MAX_CHANNELS, depthwise_conv1d_norm
 from lowbit_kernels.conv1d.geometry import Padding
 from lowbit_kernels.formats import QuantSpec
 from lowbit_kernels.matmul import low_bit_linear, low_bit_linear_int8
+from lowbit_kernels.modules.base import remembered
 from lowbit_kernels.modules.conv1d import QConv1d, conv_options, is_depthwise, is_pointwise
 from lowbit_kernels.norm import norm_quantize
 
@@ -65,17 +66,8 @@ def _folded(depthwise: QConv1d, norm: nn.Module) -> Folded:
         for t in (depthwise.scale, bias, *norm.parameters(), norm.running_mean, norm.running_var)
         if t is not None
     ]
-    # what inference mode made does not count its changes
-    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
-        return fold_batch_norm(depthwise, norm)
-    key = [(t.data_ptr(), t._version) for t in tensors]
-    stored: Any = depthwise.__dict__.get("_folded_norm")
-    if stored is None or stored[0] != key:
-        # the tensors are kept, or others could take their place in memory
-        stored = key, fold_batch_norm(depthwise, norm), [t.detach() for t in tensors]
-        depthwise.__dict__["_folded_norm"] = stored
-    folded: Folded = stored[1]
-    return folded
+    make = partial(fold_batch_norm, depthwise, norm)
+    return remembered(depthwise, "_folded_norm", tensors, make)  # type: ignore[no-any-return]
 
 
 def convolve(

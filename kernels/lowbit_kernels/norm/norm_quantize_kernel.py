@@ -92,8 +92,8 @@ def _norm_quantize_fwd_kernel(
             y -= tl.load(offset_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if lengths_ptr is not None:
             y = tl.where(valid[:, None], y, 0.0)
-        if q_ptr is None:
-            # the scale is that of what the next layer will read
+        if y_ptr is not None:
+            # scale and integers are those of what the next layer will read
             y = y.to(y_ptr.dtype.element_ty)
             mask = mask_m[:, None] & (offs_n < N)
             tl.store(y_ptr + offs_m[:, None] * N + offs_n, y, mask=mask)
@@ -113,11 +113,8 @@ def _norm_quantize_fwd_kernel(
             offs_n = start + tl.arange(0, BLOCK_N)[None, :]
             mask = mask_m[:, None] & (offs_n < N)
             y = normalized[start // BLOCK_N]
-            q, level = round_to_int8(y, inverse, static_scale_ptr is not None)
+            q, _ = round_to_int8(y, inverse, static_scale_ptr is not None)
             tl.store(q_ptr + offs_m[:, None] * stride_qm + offs_n, q, mask=mask)
-            if y_ptr is not None:
-                y = (level * scale[:, None]).to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + offs_m[:, None] * N + offs_n, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "T", "NUM_PROGRAMS"])
@@ -226,7 +223,7 @@ def norm_quantize_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel on x [..., N] ([B, T, N] with lengths). op.py has checked the inputs.
 
-    Without ``quantize`` y is what q would stand for, q is empty, and ``scale`` is what each row's
+    Without ``quantize`` q is empty, and ``scale`` is what each row's
     own would be: the largest of an utterance's rows is the utterance's. ``offset`` [N] is
     subtracted from the activated values.
     """

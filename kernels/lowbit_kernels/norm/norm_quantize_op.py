@@ -64,8 +64,8 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.impl("lowbit::norm_quantize", "cpu")
 def _cpu(*args: Any) -> Outputs:
     x, weight, bias, residual, eps, return_y, lengths, activation, static_scale, quantize = args
-    if x.dtype == torch.float32 and args[6:] == (None, None, None, True):
-        native = norm_quantize_cpu(*args[:6])
+    if x.dtype == torch.float32 and lengths is None and activation is None and quantize:
+        native = norm_quantize_cpu(x, weight, bias, residual, eps, return_y, static_scale)
         if native is not None:
             h, y, q, scale, mean, rstd = native
             return h, y, aligned_levels(q), scale, mean, rstd
@@ -75,14 +75,14 @@ def _cpu(*args: Any) -> Outputs:
         h.to(wide), (h.shape[-1],), weight.to(wide), bias.to(wide), eps
     )
     y = zero_padding(apply_epilogue(z, activation), lengths)
+    y = y.to(x.dtype) if return_y else y
     if quantize:
-        q, scale = quantize_rows_reference(y, static_scale)
-        y = q * scale if return_y else y.new_empty(0)
+        q, scale = quantize_rows_reference(y.to(wide), static_scale)
     else:
-        q = x.new_empty(0, dtype=torch.int8)
-        scale = int8_scale(y.to(x.dtype).abs().amax(-1, keepdim=True))
+        q, scale = x.new_empty(0, dtype=torch.int8), int8_scale(y.abs().amax(-1, keepdim=True))
     h = x.new_empty(0) if residual is None else h
-    return h, y.to(x.dtype), aligned_levels(q), scale, mean, rstd
+    y = y if return_y else x.new_empty(0)
+    return h, y, aligned_levels(q), scale, mean, rstd
 
 
 @torch.library.impl("lowbit::norm_quantize_backward", "cpu")
@@ -148,7 +148,7 @@ def norm_quantize(
     activation: str | None = None,
     lengths: Tensor | None = None,
     scale: Tensor | None = None,
-    return_dequantized: bool = False,
+    return_normalized: bool = False,
 ) -> tuple[Tensor, ...]:
     """Add a residual, apply LayerNorm and an activation, quantize each row to int8, in one pass.
 
@@ -157,8 +157,7 @@ def norm_quantize(
     y.abs().amax(-1, keepdim=True) / 127``, at least 2 ** -126; ``q = (y * (1 / scale)).round()``,
     with a static scale clamped to [-127, 127].
 
-    Integers carry no gradient, so q and scale have none. Training uses the fourth result: the
-    gradient of y is that of the LayerNorm and activation (straight through rounding and clamp).
+    Integers carry no gradient, so q and scale have none.
 
     Args:
         x: [..., N], fp16, bf16 or fp32 (fp64 on a CPU). Any strides.
@@ -170,14 +169,15 @@ def norm_quantize(
         lengths: [B], int32 or int64, the valid frames of x [B, T, N]. The others are not read: h,
             y and q are 0 there, and their gradient is. None: every frame is valid.
         scale: [], fp32: the scale of all rows. None: each row's own.
-        return_dequantized: also return y = q * scale.
+        return_normalized: also return y, of which q is rounded then, as it is stored: what the next
+            block adds to, and q what its first layer would make of it.
 
     Returns:
         q: [..., N], int8 in [-127, 127], rows a multiple of 32 bytes apart.
         scale: [..., 1], fp32. A row's own is NaN where the row is not finite; its integers mean
             nothing.
         h: [..., N], x + residual in the dtype of x, differentiable; x itself without a residual.
-        y: [..., N], q * scale in the dtype of x, differentiable. With ``return_dequantized``.
+        y: [..., N], in the dtype of x, differentiable. With ``return_normalized``.
 
     Raises:
         ValueError: on a wrong shape, dtype or device, naming the argument.
@@ -187,10 +187,10 @@ def norm_quantize(
     check_like("residual", residual, tuple(x.shape), x.dtype, x)
     check_scale(scale, x)
     h, y, q, row_scale, _, _ = torch.ops.lowbit.norm_quantize.default(
-        x, weight, bias, residual, eps, return_dequantized, lengths, activation, scale, True
+        x, weight, bias, residual, eps, return_normalized, lengths, activation, scale, True
     )
     h = x if residual is None else h
-    return (q, row_scale, h, y) if return_dequantized else (q, row_scale, h)
+    return (q, row_scale, h, y) if return_normalized else (q, row_scale, h)
 
 
 def norm_activation(

@@ -132,8 +132,9 @@ struct NormQuantize {
   const float* weight;    // [columns]
   const float* bias;      // [columns]
   float eps;
+  const float* static_scale;  // one number, or null: each row's own
   float* h;               // x + residual, or null
-  float* y;               // what q stands for, or null
+  float* y;               // normalized, or null
   int8_t* q;
   float* scale;           // these three: [rows]
   float* mean;
@@ -152,7 +153,7 @@ static void signed_row(const float* x, int64_t columns, float scale, int8_t* q, 
   }
 }
 
-// buffer: [columns], for the sum and then its normalized values
+// buffer: [columns], where the normalized values go if y is null
 static void norm_quantize_row(const NormQuantize& p, int64_t r, float* buffer) {
   int64_t at = r * p.columns;
   const float* x = p.x + at;
@@ -168,6 +169,7 @@ static void norm_quantize_row(const NormQuantize& p, int64_t r, float* buffer) {
   moments.add(x, p.columns);
   float mean = moments.mean, rstd = 1.0 / __builtin_sqrt(moments.variance() + p.eps);
   vint largest = {};
+  if (p.y) buffer = p.y + at;
   for (int64_t c = 0; c < p.columns; c += LANES) {
     int lanes = lanes_left(p.columns - c);
     vfloat y = (load_some(x + c, lanes) - mean) * rstd;
@@ -175,8 +177,9 @@ static void norm_quantize_row(const NormQuantize& p, int64_t r, float* buffer) {
     largest = max_int(largest, magnitude(first_lanes(y, lanes)));
     store_some(buffer + c, y, lanes);
   }
-  p.scale[r] = scale_of(horizontal_max(largest)), p.mean[r] = mean, p.rstd[r] = rstd;
-  signed_row(buffer, p.columns, p.scale[r], p.q + at, p.y ? p.y + at : nullptr);
+  p.scale[r] = p.static_scale ? *p.static_scale : scale_of(horizontal_max(largest));
+  p.mean[r] = mean, p.rstd[r] = rstd;
+  signed_row(buffer, p.columns, p.scale[r], p.q + at, nullptr);
 }
 
 struct ActivationQuantize {

@@ -1,0 +1,120 @@
+"""Layers of wav2vec2-conformer and wav2vec2-bert in a handful of ops; see ``encoder_layers.py``.
+
+Dimension key: B batch, T frames, C features, L layers.
+"""
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit_kernels.integrations.conformer import (
+    MaskedConformerLayer,
+    convolve_module,
+    fuses_module,
+)
+from lowbit_kernels.integrations.encoder_layers import Attention, FeedForward, FusedLayer, Parts
+from lowbit_kernels.integrations.relative_attention import relative_keys, transformer_xl
+from lowbit_kernels.modules.blocks import can_join, joined, linear, normalize, operand
+
+
+class SharedPositions:
+    """The positions of Transformer-XL, projected for all layers of an encoder by one matmul."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._embeddings: Any = lambda: None
+        self._keys: list[Tensor] = []
+
+    def of(self, layer: Any, embeddings: Tensor) -> Tensor | None:
+        """[2 T - 1, C] for a layer, of positions [1, 2 T - 1, C]; None where layers differ."""
+        layers = [ref() for ref in self._layers]
+        if self._embeddings() is not embeddings:
+            projections = [each.self_attn.linear_pos for each in layers if each is not None]
+            if len(projections) < len(layers) or not can_join(projections):
+                return None
+            weight = joined(self, projections)
+            keys = linear(embeddings[0], weight, embeddings.dtype)
+            self._keys = list(keys.chunk(len(layers), -1))
+            self._embeddings = weakref.ref(embeddings)
+        place = next(i for i, each in enumerate(layers) if each is layer)
+        keys = self._keys[place]
+        if place == len(layers) - 1:
+            # nobody reads them again
+            self._embeddings, self._keys = lambda: None, []
+        return keys
+
+
+class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
+    """Feed-forward, attention, convolution module, feed-forward and norm.
+
+    Norm and two matmuls; norm, one matmul, attention and one matmul; four launches; norm and two
+    matmuls; norm: 15, and one an encoder for the projected positions. With int8 inputs 18.
+    """
+
+    _scratch = (*FusedLayer._scratch, "_positions")
+
+    def _parts(self) -> Parts:
+        a, first, second = self.self_attn, self.ffn1, self.ffn2
+        return Parts(
+            Attention(a, (a.linear_q, a.linear_k, a.linear_v), a.linear_out, a.head_size),
+            tuple(
+                FeedForward(f.intermediate_dense, f.intermediate_act_fn, f.output_dense, 0.5)
+                for f in (first, second)
+            ),
+            (
+                self.ffn1_layer_norm, self.self_attn_layer_norm, self.ffn2_layer_norm,
+                self.final_layer_norm,
+            ),
+            (first, second, self.conv_module),
+        )  # fmt: skip
+
+    def _fits(self, relative_position_embeddings: Tensor | None = None, **_: Any) -> bool:
+        has_positions = relative_position_embeddings is not None
+        kind, conv = self.self_attn.position_embeddings_type, self.conv_module
+        known = kind == "relative_key" or (kind == "relative" and has_positions)
+        return known and type(conv.layer_norm) is nn.LayerNorm and fuses_module(conv, self._norm())
+
+    def _norm(self) -> Any:
+        return self.conv_module.batch_norm
+
+    def _padding(self) -> tuple[int, int] | None:
+        return None
+
+    def _fused(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        parts: Parts,
+        relative_position_embeddings: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        attention, (first, second), norms, _others = parts
+        x = first.run(normalize(x, norms[0], operand(first.first)), x)
+        qkv = joined(self, attention.inputs)
+        position = self._position(relative_position_embeddings, x.dtype)
+        x = self._attend(normalize(x, norms[1], qkv), qkv, x, lengths, attention, position)
+        conv = self.conv_module
+        x = convolve_module(
+            conv, x, self._norm(), lengths, conv.layer_norm, self._padding(), residual=x
+        )
+        x = second.run(normalize(x, norms[2], operand(second.first)), x)
+        return norms[3](x)  # type: ignore[no-any-return]
+
+    def _position(self, embeddings: Tensor | None, dtype: Any) -> Any:
+        attention, shared = self.self_attn, self.__dict__.get("_positions")
+        if attention.position_embeddings_type == "relative_key" or embeddings is None:
+            return relative_keys(attention, dtype)
+        keys = None if shared is None else shared.of(self, embeddings)
+        keys = attention.linear_pos(embeddings[0]) if keys is None else keys
+        return transformer_xl(attention, keys.to(dtype))
+
+
+class FusedBertConformerLayer(FusedConformerLayer):
+    """wav2vec2-bert's, whose convolution is causal and followed by a LayerNorm."""
+
+    def _norm(self) -> Any:
+        return self.conv_module.depthwise_layer_norm
+
+    def _padding(self) -> tuple[int, int] | None:
+        return self.conv_module.depthwise_conv.kernel_size[0] - 1, 0

@@ -1,0 +1,218 @@
+"""Encoder layers of transformers in a handful of ops, in inference: ``quantize(fuse=True)``.
+
+A layer stays an instance of its class, with its parameters where they are, and computes what it did
+wherever it cannot be fused: in training or with gradients, under autocast or ``torch.compile``,
+with hooks or adapters inside, or with another ``attn_implementation`` than ``"lowbit"``.
+
+Dimension key: B batch, T frames, C features, H heads, D head dimension.
+"""
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_kernels.attention import Position, flash_attention
+from lowbit_kernels.integrations.activations import epilogue_of
+from lowbit_kernels.integrations.class_swap import Swapped
+from lowbit_kernels.modules import QLinear
+from lowbit_kernels.modules.blocks import (
+    Int8Rows,
+    Operand,
+    can_join,
+    feed_forward,
+    joined,
+    linear,
+    normalize,
+    normalize_and_keep,
+    operand,
+)
+
+
+class Attention(NamedTuple):
+    """The parts of self-attention, whatever a family calls them."""
+
+    module: Any
+    inputs: tuple[Any, Any, Any]
+    output: Any
+    head_dim: int
+
+
+class FeedForward(NamedTuple):
+    """Two linear layers and what is between them; ``factor`` scales their result."""
+
+    first: Any
+    activation: Any
+    second: Any
+    factor: float = 1.0
+
+    def run(self, x: Tensor | Int8Rows, residual: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C], added to the residual."""
+        first, second = operand(self.first), operand(self.second, self.factor)
+        return feed_forward(x, first, second, epilogue_of(self.activation), residual)
+
+
+class Parts(NamedTuple):
+    """What a layer is made of. ``others``: modules of which the fused layer calls the parts."""
+
+    attention: Attention
+    feed_forwards: tuple[FeedForward, ...]
+    norms: tuple[Any, ...]
+    others: tuple[Any, ...] = ()
+
+
+class FusedLayer(Swapped):
+    """Base of the mixins: when a layer is fused, and its attention."""
+
+    # q, k and v as one weight; the layer behind this one
+    _scratch: tuple[str, ...] = ("_joined", "_next")
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """[B, T, C] to [B, T, C]; ``attention_mask`` [B, T], true for valid frames."""
+        parts = self._parts()
+        served = _is_served(self, hidden_states, attention_mask, parts, kwargs)
+        if not served or not self._fits(**kwargs):
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        # loaded already, where a model has this attention; transformers need not be there
+        from lowbit_kernels.integrations.huggingface_attention import lengths_of
+
+        lengths = None if attention_mask is None else lengths_of(attention_mask)
+        return self._fused(hidden_states, lengths, parts, **kwargs)
+
+    def _parts(self) -> Parts:
+        """Those of wav2vec2 and its kin."""
+        block = self.feed_forward
+        return Parts(
+            attention_parts(self.attention),
+            (FeedForward(block.intermediate_dense, block.intermediate_act_fn, block.output_dense),),
+            (self.layer_norm, self.final_layer_norm),
+            (block,),
+        )
+
+    def _fits(self, **kwargs: Any) -> bool:
+        """Whether what this layer alone has, or is given, can be fused, too."""
+        return True
+
+    def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how its parts follow each other")
+
+    def _attend(
+        self,
+        rows: Tensor | Int8Rows,
+        qkv: Operand,
+        residual: Tensor,
+        lengths: Tensor | None,
+        attention: Attention,
+        position: Position | None = None,
+    ) -> Tensor:
+        """Attention over what ``qkv`` takes, added to the residual, [B, T, C]."""
+        heads = linear(rows, qkv, residual.dtype)
+        q, k, v = heads.view(*heads.shape[:2], 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
+        out = flash_attention(q, k, v, lengths=lengths, position=position).transpose(1, 2)
+        return linear(out.flatten(2), operand(attention.output), residual.dtype, residual=residual)
+
+
+# what one layer has made for the next one in the same thread: a tensor, its int8 rows, their scale
+_between = threading.local()
+
+
+def _take(layer: Any, x: Tensor, to: Operand) -> Tensor | Int8Rows:
+    """x [B, T, C], or the int8 rows that the layer before made of it, if ``to`` takes them."""
+    handed, _between.handed = getattr(_between, "handed", None), None
+    if handed is None or handed[0]() is not x or _has_hooks(layer):
+        return x
+    _, rows, static = handed
+    fits = to.takes_int8 and static is to.weight.input_scale
+    return rows if fits else x  # type: ignore[no-any-return]
+
+
+class PostNormLayer(FusedLayer):
+    """Attention, norm, feed-forward, norm: 7 launches, with int8 inputs 9."""
+
+    def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
+        attention, (block,), (first_norm, second_norm) = parts[:3]
+        qkv = joined(self, attention.inputs)
+        h = self._attend(_take(self, x, qkv), qkv, x, lengths, attention)
+        y, rows = normalize_and_keep(h, first_norm, operand(block.first))
+        h = block.run(y if rows is None else rows, y)
+        # y, too, is what this op makes of it, whether somebody takes the rows or not
+        following = self.__dict__.get("_next", lambda: None)()
+        inputs = attention.inputs if following is None else following._parts().attention.inputs
+        after = joined(following or self, inputs) if can_join(inputs) else qkv
+        y, rows = normalize_and_keep(h, second_norm, after)
+        if rows is not None and not _has_hooks(self):
+            _between.handed = weakref.ref(y), rows, after.weight.input_scale
+        return y
+
+
+class PreNormLayer(FusedLayer):
+    """Norm, attention, norm, feed-forward: 7 launches, with int8 inputs 9."""
+
+    def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
+        attention, (block,), (first_norm, second_norm) = parts[:3]
+        qkv = joined(self, attention.inputs)
+        h = self._attend(normalize(x, first_norm, qkv), qkv, x, lengths, attention)
+        y = block.run(normalize(h, second_norm, operand(block.first)), h)
+        adapter = self._modules.get("adapter_layer")
+        return y if adapter is None else y + adapter(y)
+
+
+class WhisperLayer(PreNormLayer):
+    """Whisper's encoder layer, which clamps in fp16."""
+
+    def _parts(self) -> Parts:
+        return Parts(
+            attention_parts(self.self_attn),
+            (FeedForward(self.fc1, self.activation_fn, self.fc2),),
+            (self.self_attn_layer_norm, self.final_layer_norm),
+        )
+
+    def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
+        y = super()._fused(x, lengths, parts)
+        if y.dtype == torch.float16:
+            largest = torch.finfo(y.dtype).max - 1000
+            y = y.clamp(-largest, largest)
+        return y
+
+
+def attention_parts(module: Any) -> Attention:
+    """Those of wav2vec2's attention, and of Whisper's."""
+    inputs = module.q_proj, module.k_proj, module.v_proj
+    return Attention(module, inputs, module.out_proj, module.head_dim)
+
+
+def _is_served(
+    layer: Any, x: Tensor, mask: Tensor | None, parts: Parts, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a layer can run fused here and now."""
+    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled(x.device.type) or kwargs.get("output_attentions"):
+        return False
+    attention, blocks, norms, others = parts
+    config = getattr(attention.module, "config", None)
+    is_padding_mask = mask is None or (mask.dim() == 2 and not mask.is_floating_point())
+    if getattr(config, "_attn_implementation", None) != "lowbit" or not is_padding_mask:
+        return False
+    linears = (attention.output, *(each for b in blocks for each in (b.first, b.second)))
+    activations = [b.activation for b in blocks if isinstance(b.activation, nn.Module)]
+    called = (*attention.inputs, *linears, *activations, *norms, *others, attention.module)
+    return (
+        can_join(attention.inputs)
+        and all(type(module) is QLinear for module in linears)
+        and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
+        and all(epilogue_of(block.activation) is not None for block in blocks)
+        and not any(_has_hooks(module) for module in called)
+    )
+
+
+def _has_hooks(module: Any) -> bool:
+    """Whether somebody watches or changes a module, but for transformers, which records outputs."""
+    if "forward" in module.__dict__ or module._forward_pre_hooks:
+        return True
+    recorder = "transformers.utils.output_capturing"
+    return any(hook.__module__ != recorder for hook in module._forward_hooks.values())

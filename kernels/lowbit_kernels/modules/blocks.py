@@ -1,0 +1,183 @@
+"""What an encoder layer is made of, in as few ops as its parts allow, for inference.
+
+An input that a linear layer would round to int8 comes as int8 from the op before it: with a scale a
+row from a norm, with a static scale from another linear layer or from attention, too.
+
+Dimension key: any leading dimensions; K input features, N output features.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit_kernels.formats import QuantizedWeight
+from lowbit_kernels.formats.weight import TENSORS
+from lowbit_kernels.matmul import low_bit_linear, low_bit_linear_int8
+from lowbit_kernels.modules.base import remembered
+from lowbit_kernels.modules.linear import QLinear
+from lowbit_kernels.norm import norm_quantize
+
+
+class Int8Rows(NamedTuple):
+    """[..., K] int8 and the scale of each row, [..., 1] fp32; None: the weight's static one."""
+
+    q: Tensor
+    scale: Tensor | None
+
+
+class Operand(NamedTuple):
+    """The weight and bias of a matmul; ``static`` is the weight with its input's scale in its own.
+
+    Attributes:
+        weight: [N, K].
+        bias: [N] or None.
+        static: [N, K], for int8 rows without a scale. None: the input's scale is not static.
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    static: QuantizedWeight | None = None
+
+    @property
+    def takes_int8(self) -> bool:
+        """Whether the input may come from a norm as int8 rows."""
+        spec = self.weight.spec
+        return spec.inputs == "int8" and spec.input_scale != "utterance"
+
+
+def operand(layer: QLinear, factor: float = 1.0) -> Operand:
+    """A layer's weight and bias, for its output times ``factor``, a power of two."""
+    weight, bias = layer.quantized_weight(), layer._parameters["bias"]
+    is_static = weight.input_scale is not None and weight.spec.inputs == "int8"
+    if factor == 1 and not is_static:
+        return Operand(weight, bias)
+
+    def make() -> Operand:
+        scaled = dataclasses.replace(weight, scale=weight.scale * factor)
+        scaled_bias = None if bias is None else bias.detach() * factor
+        if not is_static or weight.input_scale is None:
+            return Operand(scaled, scaled_bias)
+        static = dataclasses.replace(scaled, scale=scaled.scale * weight.input_scale)
+        return Operand(scaled, scaled_bias, static)
+
+    tensors = [t for t in (weight.scale, weight.input_scale, bias) if t is not None]
+    return remembered(layer, "_operand", tensors, make)  # type: ignore[no-any-return]
+
+
+def joined(owner: Any, layers: Sequence[QLinear]) -> Operand:
+    """The weights of layers with one input as one, whose rows the layers' own tensors are views of.
+
+    They become so at the first call, and again after they were moved or replaced.
+
+    Args:
+        owner: the module that keeps the joined tensors.
+        layers: of one spec, with one K.
+    """
+    stored = owner.__dict__.get("_joined")
+    if stored is None or stored[0] != _addresses(layers):
+        # not in inference mode, whose tensors could not be part of a training step later on
+        with torch.inference_mode(False), torch.no_grad():
+            made = _join(layers)
+        stored = owner.__dict__["_joined"] = _addresses(layers), made
+    weights: Operand = stored[1]
+    return weights
+
+
+def can_join(layers: Sequence[Any]) -> bool:
+    """Whether layers are low-bit linear ones that one matmul can serve."""
+    first = layers[0]
+    if not all(type(layer) is QLinear for layer in layers):
+        return False
+    return all(
+        (layer.spec, layer.K, layer.compute_dtype) == (first.spec, first.K, first.compute_dtype)
+        and layer.qweight.device == first.qweight.device
+        for layer in layers
+    )
+
+
+def _addresses(layers: Sequence[QLinear]) -> list[int]:
+    held = (tensors for layer in layers for tensors in (layer._buffers, layer._parameters))
+    return [t.data_ptr() for tensors in held for t in tensors.values() if t is not None]
+
+
+def _join(layers: Sequence[QLinear]) -> Operand:
+    first, sizes = layers[0], [layer.out_features for layer in layers]
+    tensors: dict[str, Any] = {}
+    scales = {float(s) for layer in layers if (s := layer.input_scale) is not None}
+    if len(scales) > 1:
+        raise ValueError(f"layers with one input must have one static input_scale, got {scales}")
+    for name in TENSORS:
+        if first._buffers[name] is not None:
+            tensors[name] = torch.cat([getattr(layer, name) for layer in layers])
+            for layer, rows in zip(layers, torch.split(tensors[name], sizes), strict=True):
+                layer._buffers[name] = rows
+    bias, given = None, [layer._parameters["bias"] for layer in layers]
+    if any(part is not None for part in given):
+        like = next(part for part in given if part is not None)
+        bias = torch.cat([
+            like.new_zeros(size) if part is None else part.data
+            for part, size in zip(given, sizes, strict=True)
+        ])  # fmt: skip
+        for part, rows in zip(given, torch.split(bias, sizes), strict=True):
+            if part is not None:
+                part.data = rows
+    return Operand(dataclasses.replace(first.quantized_weight(), **tensors), bias)
+
+
+def normalize(x: Tensor, norm: nn.LayerNorm, to: Operand) -> Tensor | Int8Rows:
+    """A LayerNorm of x [..., K] for a linear layer."""
+    if not to.takes_int8:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    static = to.weight.input_scale
+    return Int8Rows(*norm_quantize(x, norm.weight, norm.bias, eps=norm.eps, scale=static)[:2])
+
+
+def normalize_and_keep(
+    x: Tensor, norm: nn.LayerNorm, to: Operand | None
+) -> tuple[Tensor, Int8Rows | None]:
+    """A LayerNorm of x [..., K], and the same as int8 rows if the next linear layer takes them."""
+    if to is None or not to.takes_int8:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps), None
+    static = to.weight.input_scale
+    q, scale, _, y = norm_quantize(
+        x, norm.weight, norm.bias, eps=norm.eps, scale=static, return_normalized=True
+    )
+    return y, Int8Rows(q, scale)
+
+
+def linear(
+    x: Tensor | Int8Rows,
+    to: Operand,
+    dtype: torch.dtype,
+    *,
+    epilogue: str | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """A linear layer [..., N] of x [..., K]; of ``dtype``, or int8 by ``out_scale``."""
+    if not isinstance(x, Int8Rows) and out_scale is None:
+        return low_bit_linear(x, to.weight, to.bias, epilogue=epilogue, residual=residual)
+    assert isinstance(x, Int8Rows), "a result is rounded where the input was"
+    weight = to.weight if x.scale is not None else to.static
+    assert weight is not None, "rows without a scale are made by the weight's own"
+    return low_bit_linear_int8(
+        x.q, x.scale, weight, to.bias, epilogue=epilogue, residual=residual, dtype=dtype,
+        out_scale=out_scale,
+    )  # fmt: skip
+
+
+def feed_forward(
+    x: Tensor | Int8Rows, first: Operand, second: Operand, epilogue: str | None, residual: Tensor
+) -> Tensor:
+    """Linear layer and activation, linear layer and residual, [..., K] each."""
+    dtype = residual.dtype
+    if second.static is None or not isinstance(x, Int8Rows):
+        inner: Tensor | Int8Rows = linear(x, first, dtype, epilogue=epilogue)
+    else:
+        scale = second.weight.input_scale
+        inner = Int8Rows(linear(x, first, dtype, epilogue=epilogue, out_scale=scale), None)
+    return linear(inner, second, dtype, residual=residual)
