@@ -1,5 +1,7 @@
 """norm_quantize, and what holds for both norms: kernels, gradients, errors."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from lowbit_kernels.matmul.reference import MIN_INPUT_SCALE
 from lowbit_kernels.norm import (
     masked_group_norm,
+    norm_of_norm,
     norm_quantize,
     norm_quantize_kernel,
     norm_quantize_reference,
@@ -254,3 +257,51 @@ def test_rows_too_long_for_a_gpu_are_refused(device):
     x, weight, bias, _ = norm_inputs((1, 8193), False, torch.float32, device)
     with pytest.raises(NotImplementedError, match="rows of up to 8192 features, got 8193"):
         norm_quantize_triton(x, weight, bias, None, EPS, False)
+
+
+def two_norms(N, device, dtype):
+    norms = [torch.nn.LayerNorm(N, eps=eps, device=device, dtype=dtype) for eps in (1e-5, 1e-3)]
+    for parameter in (p for norm in norms for p in norm.parameters()):
+        torch.nn.init.normal_(parameter)
+    return norms
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROW_SHAPES)
+def test_a_norm_of_a_norm_is_as_accurate_as_two(shape, dtype, device):
+    x, (first, second) = (
+        torch.randn(shape, dtype=dtype, device=device),
+        two_norms(shape[-1], device, dtype),
+    )
+    parameters = (first.weight, first.bias, first.eps)
+    with torch.no_grad():
+        arguments = (x, second.weight, second.bias, None, second.eps)
+        h, y, _, _, _, _ = norm_quantize_triton(*arguments, True, *PLAIN[:3], False, *parameters)
+        _, _, q, scale, _, _ = norm_quantize_triton(*arguments, False, *PLAIN, *parameters)
+        low_h = first(x)
+        assert_as_accurate(h, low_h, copy.deepcopy(first).double()(x.double()), "h")
+        # of what is stored between them: its rounding is not the second norm's
+        exact = copy.deepcopy(second).double()(h.double())
+        assert_as_accurate(y, second(h), exact, "y")
+        assert_quantized(q, scale, copy.deepcopy(second).float()(h.float()), exact)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_norm_of_norm_is_two_norms(int8):
+    x, (first, second) = torch.randn(2, 7, 20), two_norms(20, "cpu", torch.float32)
+    with torch.no_grad():
+        h, *rest = norm_of_norm(x, first, second, int8=int8)
+        assert torch.equal(h, first(x))
+        if int8:
+            q, scale, _ = norm_quantize(first(x), second.weight, second.bias, eps=second.eps)
+            assert torch.equal(rest[0], q)
+            assert torch.equal(rest[1], scale)
+        else:
+            assert_as_accurate(rest[0], second(h), copy.deepcopy(second).double()(h.double()))
+        arguments = (x, second.weight, second.bias, None, second.eps, not int8, *PLAIN[:3], int8)
+        op = torch.ops.lowbit.norm_quantize.default
+        torch.library.opcheck(op, (*arguments, first.weight, first.bias, first.eps))
+    with pytest.raises(NotImplementedError, match="norm_of_norm has no gradient"):
+        norm_of_norm(x, first, second, int8=int8)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weight must be \[19\], got \[20\]"):
+        norm_of_norm(x[..., 1:], first, second, int8=int8)

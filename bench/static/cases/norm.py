@@ -83,9 +83,14 @@ MERGE_CASE = AotCase(
 
 
 def norm_quantize_case(
-    name: str, dtype: str, N: int, activation: str | None = None, out: str = "int8"
+    name: str,
+    dtype: str,
+    N: int,
+    activation: str | None = None,
+    out: str = "int8",
+    first: bool = False,
 ) -> AotCase:
-    """With an activation: valid frames of utterances, to int8 or, ``out="y"``, to x's dtype."""
+    """With an activation: valid frames of utterances; to int8 or, ``out="y"``, to x's dtype."""
     tensors = pointers("mean rstd", "fp32")
     constants: dict[str, Any] = {"N": N, "ACTIVATION": activation, "TO_HALF": dtype != "fp32"}
     if activation is None:
@@ -94,12 +99,18 @@ def norm_quantize_case(
         tensors |= {"lengths_ptr": "*i64"}
     if name == "fwd":
         constants |= {"static_scale_ptr": None, "offset_ptr": None}
+        if first:
+            tensors |= pointers("first_weight first_bias h", dtype)
+        else:
+            constants |= {"first_weight_ptr": None, "first_bias_ptr": None}
         tensors |= pointers("x weight bias", dtype) | {"scale_ptr": "*fp32"}
-        if activation is None:
+        if first:
+            constants |= {"residual_ptr": None}
+        elif activation is None:
             tensors |= pointers("residual h", dtype)
         else:
             constants |= {"residual_ptr": None, "h_ptr": None}
-        if out == "y" or activation is None:
+        if out == "y" or (activation is None and not first):
             tensors |= pointers("y", dtype)
         else:
             constants |= {"y_ptr": None}
@@ -107,7 +118,7 @@ def norm_quantize_case(
             constants |= {"q_ptr": None}
         else:
             tensors |= {"q_ptr": "*i8"}
-        sizes = integers("M T") | {"eps": "fp32"}
+        sizes = integers("M T") | {"first_eps": "fp32", "eps": "fp32"}
         strides = integers("stride_xm stride_rm stride_qm")
         block_m, block_n, num_warps = row_tiles(N)
     else:
@@ -116,6 +127,7 @@ def norm_quantize_case(
         sizes, strides = integers("M T NUM_PROGRAMS"), integers("stride_ym stride_gm stride_hm")
         block_m, block_n, num_warps = backward_tiles(N)
     variant = "" if activation is None else f"-{activation}-{out}"
+    variant = f"-second-{out}" if first else variant
     return AotCase(
         name=f"norm-norm_quantize-{name}{variant}-{dtype}-n{N}",
         kernel=lambda: norm_quantize_kernel(name),
@@ -159,6 +171,8 @@ CASES = [
     norm_quantize_case("fwd", "bf16", MAX_FEATURES, "gelu", "y"),
     norm_quantize_case("bwd", "fp32", 512, "gelu", "y"),
     *(norm_quantize_case(name, "bf16", N) for name in ("fwd", "bwd") for N in FEATURES),
+    *(norm_quantize_case("fwd", "bf16", 1024, None, out, True) for out in ("int8", "y")),
+    *(norm_quantize_case("fwd", dtype, MAX_FEATURES, first=True) for dtype in ("bf16", "fp32")),
     *(norm_quantize_case(name, "fp32", N) for name in ("fwd", "bwd") for N in (1024, MAX_FEATURES)),
     *(activation_quantize_case("gelu", "bf16", N, training=False) for N in FEATURES),
     *(activation_quantize_case("gelu", "fp32", N, training=True) for N in (1024, MAX_FEATURES)),

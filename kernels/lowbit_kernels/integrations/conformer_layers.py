@@ -4,6 +4,7 @@ Dimension key: B batch, T frames, C features, L layers.
 """
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,22 +14,41 @@ from lowbit_kernels.integrations.conformer import (
     convolve_module,
     fuses_module,
 )
-from lowbit_kernels.integrations.encoder_layers import Attention, FeedForward, FusedLayer, Parts
+from lowbit_kernels.integrations.encoder_layers import (
+    Attention,
+    FeedForward,
+    FusedLayer,
+    Parts,
+    is_affine,
+)
 from lowbit_kernels.integrations.relative_attention import relative_keys, transformer_xl
-from lowbit_kernels.modules.blocks import can_join, joined, linear, normalize, operand
+from lowbit_kernels.modules import QLinear
+from lowbit_kernels.modules.blocks import (
+    can_join,
+    joined,
+    linear,
+    normalize,
+    normalize_twice,
+    operand,
+)
 
 
 class SharedPositions:
     """The positions of Transformer-XL, projected for all layers of an encoder by one matmul."""
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._embeddings: Any = lambda: None
         self._keys: list[Tensor] = []
 
+    @property
+    def layers(self) -> list[Any]:
+        """The layers, None for those that are gone."""
+        return [ref() for ref in self._layers]
+
     def of(self, layer: Any, embeddings: Tensor) -> Tensor | None:
         """[2 T - 1, C] for a layer, of positions [1, 2 T - 1, C]; None where layers differ."""
-        layers = [ref() for ref in self._layers]
+        layers = self.layers
         if self._embeddings() is not embeddings:
             projections = [each.self_attn.linear_pos for each in layers if each is not None]
             if len(projections) < len(layers) or not can_join(projections):
@@ -90,7 +110,8 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
         **_: Any,
     ) -> Tensor:
         attention, (first, second), norms, _others = parts
-        x = first.run(normalize(x, norms[0], operand(first.first)), x)
+        rows = self._take(x)
+        x = first.run(normalize(x, norms[0], operand(first.first)) if rows is None else rows, x)
         qkv = joined(self, attention.inputs)
         position = self._position(relative_position_embeddings, x.dtype)
         x = self._attend(normalize(x, norms[1], qkv), qkv, x, lengths, attention, position)
@@ -99,7 +120,14 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
             conv, x, self._norm(), lengths, conv.layer_norm, self._padding(), residual=x
         )
         x = second.run(normalize(x, norms[2], operand(second.first)), x)
-        return norms[3](x)  # type: ignore[no-any-return]
+        following = self.following()
+        after = None if following is None else following._parts()
+        reader = None if after is None else after.feed_forwards[0].first
+        if after is None or type(reader) is not QLinear or not is_affine(after.norms[0]):
+            return norms[3](x)  # type: ignore[no-any-return]
+        y, made = normalize_twice(x, norms[3], after.norms[0], operand(reader))
+        following._hand(y, made)
+        return y
 
     def _position(self, embeddings: Tensor | None, dtype: Any) -> Any:
         attention, shared = self.self_attn, self.__dict__.get("_positions")

@@ -7,7 +7,6 @@ with hooks or adapters inside, or with another ``attn_implementation`` than ``"l
 Dimension key: B batch, T frames, C features, H heads, D head dimension.
 """
 
-import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -66,8 +65,8 @@ class Parts(NamedTuple):
 class FusedLayer(Swapped):
     """Base of the mixins: when a layer is fused, and its attention."""
 
-    # q, k and v as one weight; the layer behind this one
-    _scratch: tuple[str, ...] = ("_joined", "_next")
+    # q, k and v as one weight; the layer behind this one; what the one before has made for it
+    _scratch: tuple[str, ...] = ("_joined", "_next", "_handed")
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -76,6 +75,7 @@ class FusedLayer(Swapped):
         parts = self._parts()
         served = _is_served(self, hidden_states, attention_mask, parts, kwargs)
         if not served or not self._fits(**kwargs):
+            self.__dict__.pop("_handed", None)
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         # loaded already, where a model has this attention; transformers need not be there
         from lowbit_kernels.integrations.huggingface_attention import lengths_of
@@ -115,19 +115,19 @@ class FusedLayer(Swapped):
         out = flash_attention(q, k, v, lengths=lengths, position=position).transpose(1, 2)
         return linear(out.flatten(2), operand(attention.output), residual.dtype, residual=residual)
 
+    def following(self) -> Any:
+        """The layer behind this one that gets its result as it is, and may get more; or None."""
+        following = self.__dict__.get("_next", lambda: None)()
+        return None if following is None or _has_hooks(self) or _has_hooks(following) else following
 
-# what one layer has made for the next one in the same thread: a tensor, its int8 rows, their scale
-_between = threading.local()
+    def _hand(self, y: Tensor, made: Tensor | Int8Rows) -> None:
+        """Leave what the layer before has made of its result y for this one's first matmul."""
+        self.__dict__["_handed"] = weakref.ref(y), made
 
-
-def _take(layer: Any, x: Tensor, to: Operand) -> Tensor | Int8Rows:
-    """x [B, T, C], or the int8 rows that the layer before made of it, if ``to`` takes them."""
-    handed, _between.handed = getattr(_between, "handed", None), None
-    if handed is None or handed[0]() is not x or _has_hooks(layer):
-        return x
-    _, rows, static = handed
-    fits = to.takes_int8 and static is to.weight.input_scale
-    return rows if fits else x  # type: ignore[no-any-return]
+    def _take(self, x: Tensor) -> Tensor | Int8Rows | None:
+        """What the layer before has made of x, if it has."""
+        of, made = self.__dict__.pop("_handed", (None, None))
+        return made if of is not None and of() is x else None
 
 
 class PostNormLayer(FusedLayer):
@@ -136,16 +136,18 @@ class PostNormLayer(FusedLayer):
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
         attention, (block,), (first_norm, second_norm) = parts[:3]
         qkv = joined(self, attention.inputs)
-        h = self._attend(_take(self, x, qkv), qkv, x, lengths, attention)
+        rows = self._take(x)
+        h = self._attend(x if rows is None else rows, qkv, x, lengths, attention)
         y, rows = normalize_and_keep(h, first_norm, operand(block.first))
         h = block.run(y if rows is None else rows, y)
         # y, too, is what this op makes of it, whether somebody takes the rows or not
-        following = self.__dict__.get("_next", lambda: None)()
-        inputs = attention.inputs if following is None else following._parts().attention.inputs
-        after = joined(following or self, inputs) if can_join(inputs) else qkv
+        following, after = self.following(), qkv
+        inputs = None if following is None else following._parts().attention.inputs
+        if inputs is not None and can_join(inputs):
+            after = joined(following, inputs)
         y, rows = normalize_and_keep(h, second_norm, after)
-        if rows is not None and not _has_hooks(self):
-            _between.handed = weakref.ref(y), rows, after.weight.input_scale
+        if following is not None and rows is not None:
+            following._hand(y, rows)
         return y
 
 
@@ -185,6 +187,11 @@ def attention_parts(module: Any) -> Attention:
     return Attention(module, inputs, module.out_proj, module.head_dim)
 
 
+def is_affine(norm: nn.Module) -> bool:
+    """Whether a norm is a LayerNorm as the blocks take it."""
+    return type(norm) is nn.LayerNorm and norm.bias is not None
+
+
 def _is_served(
     layer: Any, x: Tensor, mask: Tensor | None, parts: Parts, kwargs: dict[str, Any]
 ) -> bool:
@@ -204,7 +211,7 @@ def _is_served(
     return (
         can_join(attention.inputs)
         and all(type(module) is QLinear for module in linears)
-        and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
+        and all(is_affine(norm) for norm in norms)
         and all(epilogue_of(block.activation) is not None for block in blocks)
         and not any(_has_hooks(module) for module in called)
     )

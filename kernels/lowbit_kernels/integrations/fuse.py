@@ -2,6 +2,7 @@
 
 import weakref
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -42,18 +43,28 @@ def fuse_layers(model: nn.Module) -> bool:
         if mixin is not None and origin.__module__.startswith("transformers."):
             module.__class__ = origin
             swap_class(module, mixin)
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList):
-            _introduce(stack)
+    for module in model.modules():
+        is_known = introduce_layers in module._forward_pre_hooks.values()
+        if not is_known and any(_is_stack(child) for child in module.children()):
+            module.register_forward_pre_hook(introduce_layers, with_kwargs=True)
     return is_fused(model)
 
 
-def _introduce(stack: nn.ModuleList) -> None:
-    """Tell the layers of an encoder of each other."""
-    for layer, after in pairwise(stack):
-        if isinstance(layer, PostNormLayer) and isinstance(after, PostNormLayer):
-            layer.__dict__["_next"] = weakref.ref(after)
-    conformers = [layer for layer in stack if isinstance(layer, FusedConformerLayer)]
-    positions = SharedPositions(conformers)
-    for layer in conformers:
-        layer.__dict__["_positions"] = positions
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and any(isinstance(m, FusedLayer) for m in module)
+
+
+def introduce_layers(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an encoder: tell its layers of each other, if they changed places."""
+    for stack in filter(_is_stack, encoder.children()):
+        layers = [layer for layer in stack.children() if isinstance(layer, FusedLayer)]
+        for layer, after in pairwise(layers):
+            if layer.following() is not after:
+                layer.__dict__["_next"] = weakref.ref(after)
+        layers[-1].__dict__.pop("_next", None)
+        conformers = [layer for layer in layers if isinstance(layer, FusedConformerLayer)]
+        shared = conformers[0].__dict__.get("_positions") if conformers else None
+        if conformers and (shared is None or shared.layers != conformers):
+            shared = SharedPositions(conformers)
+            for layer in conformers:
+                layer.__dict__["_positions"] = shared

@@ -19,7 +19,7 @@ from lowbit_kernels.formats.weight import TENSORS
 from lowbit_kernels.matmul import low_bit_linear, low_bit_linear_int8
 from lowbit_kernels.modules.base import remembered
 from lowbit_kernels.modules.linear import QLinear
-from lowbit_kernels.norm import norm_quantize
+from lowbit_kernels.norm import norm_of_norm, norm_quantize
 
 
 class Int8Rows(NamedTuple):
@@ -146,6 +146,16 @@ def normalize_and_keep(
     q, scale, _, y = norm_quantize(
         x, norm.weight, norm.bias, eps=norm.eps, scale=static, return_normalized=True
     )
+    return y, Int8Rows(q, scale)
+
+
+def normalize_twice(
+    x: Tensor, first: nn.LayerNorm, second: nn.LayerNorm, to: Operand
+) -> tuple[Tensor, Tensor | Int8Rows]:
+    """A LayerNorm of x [..., K], and a second one of the result for a linear layer."""
+    if not to.takes_int8:
+        return norm_of_norm(x, first, second, int8=False)  # type: ignore[return-value]
+    y, q, scale = norm_of_norm(x, first, second, int8=True, scale=to.weight.input_scale)
     return y, Int8Rows(q, scale)
 
 

@@ -3,7 +3,7 @@
 from lowbit_kernels.norm.activation_quantize_op import activation_quantize
 from lowbit_kernels.norm.batch_norm_op import masked_batch_norm
 from lowbit_kernels.norm.group_norm_op import masked_group_norm
-from lowbit_kernels.norm.norm_quantize_op import norm_activation, norm_quantize
+from lowbit_kernels.norm.norm_quantize_op import norm_activation, norm_of_norm, norm_quantize
 from lowbit_kernels.norm.reference import (
     activation_quantize_reference,
     masked_group_norm_reference,
@@ -17,6 +17,7 @@ __all__ = [
     "masked_group_norm",
     "masked_group_norm_reference",
     "norm_activation",
+    "norm_of_norm",
     "norm_quantize",
     "norm_quantize_reference",
 ]

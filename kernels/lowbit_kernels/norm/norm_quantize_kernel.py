@@ -35,11 +35,34 @@ def _valid_rows(row, lengths_ptr, M, T):
     return valid
 
 
+@triton.jit
+def _moments(rows, eps, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # mean and 1 / deviation [BLOCK_M] of rows, a tuple of tiles [BLOCK_M, BLOCK_N]
+    total = rows[0]
+    for start in tl.static_range(BLOCK_N, N, BLOCK_N):
+        total += rows[start // BLOCK_N]
+    mean = tl.sum(total, 1) / N
+    squares = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in tl.static_range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)[None, :]
+        centered = tl.where(offs_n < N, rows[start // BLOCK_N] - mean[:, None], 0.0)
+        squares += centered * centered
+    # rounded correctly, unlike / and sqrt on a GPU: once a row it costs nothing
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) / N + eps))
+
+
+@triton.jit
+def _affine(h, mean, rstd, weight_ptr, bias_ptr, offs, N: tl.constexpr):
+    weight = tl.load(weight_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    return (h - mean[:, None]) * rstd[:, None] * weight + bias
+
+
 @triton.jit(do_not_specialize=["M", "T"])
 def _norm_quantize_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, lengths_ptr, static_scale_ptr, offset_ptr,
-    h_ptr, y_ptr, q_ptr, scale_ptr, mean_ptr, rstd_ptr,
-    M, T, eps,
+    x_ptr, residual_ptr, first_weight_ptr, first_bias_ptr, weight_ptr, bias_ptr, lengths_ptr,
+    static_scale_ptr, offset_ptr, h_ptr, y_ptr, q_ptr, scale_ptr, mean_ptr, rstd_ptr,
+    M, T, first_eps, eps,
     stride_xm, stride_rm, stride_qm,
     N: tl.constexpr, ACTIVATION: tl.constexpr, TO_HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -63,33 +86,34 @@ def _norm_quantize_fwd_kernel(
             h = h.to(tl.float32)
         rows = rows + (h,)  # noqa: RUF005
 
-    total = rows[0]
-    for start in tl.static_range(BLOCK_N, N, BLOCK_N):
-        total += rows[start // BLOCK_N]
-    mean = tl.sum(total, 1) / N
-    squares = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in tl.static_range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-        centered = tl.where(offs_n < N, rows[start // BLOCK_N] - mean[:, None], 0.0)
-        squares += centered * centered
-    # rounded correctly, unlike / and sqrt on a GPU: once a row it costs nothing
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) / N + eps))
+    # tiles of features as large as those of x, or they would pass through shared memory
+    no_rows = tl.zeros((BLOCK_M, 1), dtype=tl.int32)
+    if first_weight_ptr is not None:
+        mean, rstd = _moments(rows, first_eps, N, BLOCK_M, BLOCK_N)
+        normalized = ()
+        for start in tl.static_range(0, N, BLOCK_N):
+            offs = start + tl.arange(0, BLOCK_N)[None, :] + no_rows
+            h = _affine(
+                rows[start // BLOCK_N], mean, rstd, first_weight_ptr, first_bias_ptr, offs, N
+            )
+            h = h.to(h_ptr.dtype.element_ty)
+            mask = mask_m[:, None] & (offs < N)
+            tl.store(h_ptr + offs_m[:, None] * N + offs, h, mask=mask)
+            normalized = normalized + (h.to(tl.float32),)  # noqa: RUF005
+        rows = normalized
+    mean, rstd = _moments(rows, eps, N, BLOCK_M, BLOCK_N)
     tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
     largest = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    no_rows = tl.zeros((BLOCK_M, 1), dtype=tl.int32)
     normalized = ()
     for start in tl.static_range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-        # a tile as large as that of x, or it would pass through shared memory
-        mask, offs = offs_n + no_rows < N, offs_n + no_rows
-        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        y = (rows[start // BLOCK_N] - mean[:, None]) * rstd[:, None] * weight + bias
+        offs = offs_n + no_rows
+        y = _affine(rows[start // BLOCK_N], mean, rstd, weight_ptr, bias_ptr, offs, N)
         y = activate(y, ACTIVATION, TO_HALF)
         if offset_ptr is not None:
-            y -= tl.load(offset_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            y -= tl.load(offset_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
         if lengths_ptr is not None:
             y = tl.where(valid[:, None], y, 0.0)
         if y_ptr is not None:
@@ -218,6 +242,9 @@ def norm_quantize_triton(
     activation: str | None = None,
     static_scale: Tensor | None = None,
     quantize: bool = True,
+    first_weight: Tensor | None = None,
+    first_bias: Tensor | None = None,
+    first_eps: float = 0.0,
     *,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -230,7 +257,9 @@ def norm_quantize_triton(
     N, device = x.shape[-1], x.device
     check_row_length(N)
     statistic = (*x.shape[:-1], 1)
-    h = None if residual is None else torch.empty(x.shape, device=device, dtype=x.dtype)
+    h = None
+    if residual is not None or first_weight is not None:
+        h = torch.empty(x.shape, device=device, dtype=x.dtype)
     y = torch.empty(x.shape, device=device, dtype=x.dtype) if return_y else None
     q = empty_levels(x.shape, device) if quantize else None
     scale = torch.empty(statistic, device=device, dtype=torch.float32)
@@ -241,9 +270,9 @@ def norm_quantize_triton(
     if M:
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
         _norm_quantize_fwd_kernel[(triton.cdiv(M, block_m),)](
-            rows, added, weight.contiguous(), bias.contiguous(), lengths, static_scale, offset,
-            h, y, q, scale, mean, rstd,
-            M, x.shape[-2] if x.dim() > 1 else 1, eps,
+            rows, added, first_weight, first_bias, weight.contiguous(), bias.contiguous(), lengths,
+            static_scale, offset, h, y, q, scale, mean, rstd,
+            M, x.shape[-2] if x.dim() > 1 else 1, first_eps, eps,
             rows.stride(0), 0 if added is None else added.stride(0), level_pitch(N),
             N=N, ACTIVATION=activation, TO_HALF=x.itemsize == 2,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,

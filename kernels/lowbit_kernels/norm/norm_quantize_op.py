@@ -6,7 +6,8 @@ Dimension key: any leading dimensions, together M rows; N features.
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lowbit_kernels.checks import check_dtype, check_lengths, check_like
 from lowbit_kernels.cpu import norm_quantize_cpu
@@ -29,7 +30,8 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 torch.library.define(
     "lowbit::norm_quantize",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool return_y, "
-    "Tensor? lengths, str? activation, Tensor? static_scale, bool quantize) "
+    "Tensor? lengths, str? activation, Tensor? static_scale, bool quantize, "
+    "Tensor? first_weight=None, Tensor? first_bias=None, float first_eps=0.0) "
     "-> (Tensor h, Tensor y, Tensor q, Tensor scale, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
@@ -42,11 +44,12 @@ torch.library.define(
 
 @torch.library.register_fake("lowbit::norm_quantize")
 def _fake(*args: Any) -> Outputs:
-    x, _, _, residual, _, return_y, _, _, _, quantize = args
+    x, _, _, residual, _, return_y, _, _, _, quantize, *first = args
+    has_h = residual is not None or (first and first[0] is not None)
     wide = torch.promote_types(x.dtype, torch.float32)
     statistic = (*x.shape[:-1], 1)
     return (
-        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.shape if has_h else 0),
         x.new_empty(x.shape if return_y else 0),
         empty_levels(x.shape if quantize else (0,), x.device),
         x.new_empty(statistic, dtype=torch.float32),
@@ -63,7 +66,27 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("lowbit::norm_quantize", "cpu")
 def _cpu(*args: Any) -> Outputs:
-    x, weight, bias, residual, eps, return_y, lengths, activation, static_scale, quantize = args
+    first_weight, first_bias, first_eps = args[10:] or (None, None, 0.0)
+    if first_weight is None:
+        return _norm_cpu(*args[:10])
+    x, weight, bias = args[0], first_weight.to(args[0].dtype), first_bias.to(args[0].dtype)
+    h = F.layer_norm(x, (x.shape[-1],), weight, bias, first_eps)
+    _, *of_second = _norm_cpu(h, *args[1:10])
+    return h, *of_second  # type: ignore[return-value]
+
+
+def _norm_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    return_y: bool,
+    lengths: Tensor | None,
+    activation: str | None,
+    static_scale: Tensor | None,
+    quantize: bool,
+) -> Outputs:
     if x.dtype == torch.float32 and lengths is None and activation is None and quantize:
         native = norm_quantize_cpu(x, weight, bias, residual, eps, return_y, static_scale)
         if native is not None:
@@ -113,7 +136,9 @@ implement_on_cuda(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, bias, residual, _, ctx.has_y, lengths, ctx.activation, _, _ = inputs
+    x, weight, bias, residual, _, ctx.has_y, lengths, ctx.activation, _, _, first, *_ = inputs
+    if first is not None:
+        raise NotImplementedError("norm_of_norm has no gradient: call it under torch.no_grad()")
     h, _, q, scale, mean, rstd = output
     ctx.has_residual = residual is not None
     ctx.save_for_backward(h if ctx.has_residual else x, weight, bias, mean, rstd, lengths)
@@ -132,7 +157,7 @@ def _backward(
         dh, dweight, dbias = torch.ops.lowbit.norm_quantize_backward.default(
             grad_y, grad_h, *saved, lengths, ctx.activation
         )
-    return dh, dweight, dbias, dh if ctx.has_residual else None, *(None,) * 6
+    return dh, dweight, dbias, dh if ctx.has_residual else None, *(None,) * 9
 
 
 torch.library.register_autograd("lowbit::norm_quantize", _backward, setup_context=_setup_context)
@@ -191,6 +216,38 @@ def norm_quantize(
     )
     h = x if residual is None else h
     return (q, row_scale, h, y) if return_normalized else (q, row_scale, h)
+
+
+def norm_of_norm(
+    x: Tensor, first: nn.LayerNorm, second: nn.LayerNorm, *, int8: bool, scale: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The LayerNorm that ends a block, and of its result the one that begins the next, in one pass.
+
+    It has no gradient.
+
+    Args:
+        x: [..., N], as in ``norm_quantize``.
+        first: over N features, with weight and bias.
+        second: the same.
+        int8: whether to quantize the rows of the second one.
+        scale: as in ``norm_quantize``.
+
+    Returns:
+        h: [..., N], the first norm's result, in the dtype of x.
+        y: [..., N], the second norm of h, in the dtype of x; or q and scale of ``norm_quantize``.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device, naming the argument.
+        NotImplementedError: on a GPU, for more than 8192 features; where a gradient is asked for.
+    """
+    for norm in (first, second):
+        _check(x, norm.weight, norm.bias, None, None)
+    check_scale(scale, x)
+    h, y, q, row_scale, _, _ = torch.ops.lowbit.norm_quantize.default(
+        x, second.weight, second.bias, None, second.eps, not int8, None, None, scale, int8,
+        first.weight, first.bias, first.eps,
+    )  # fmt: skip
+    return (h, q, row_scale) if int8 else (h, y)
 
 
 def norm_activation(
