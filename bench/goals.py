@@ -62,7 +62,7 @@ def _sitting(sitting: Row) -> list[str]:
 
 def _goals(records: list[Record]) -> list[str]:
     rows = [
-        (record, row, goal) for record in records if record["layout"] == "goals"
+        (record, row, goal) for record in records
         for row in record["results"] for goal in row.get("goals", [])
     ]  # fmt: skip
     if not rows:

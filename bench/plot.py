@@ -23,6 +23,12 @@ PEERS = ("#56B4E9", "#CC79A7", "#E69F00", "#F0E442")
 BASELINE = "#8A8F98"
 LEGEND_COLUMNS, PANEL_COLUMNS = 3, 2
 INK, MUTED, FAINT = "#22262B", "#5B616A", "#D9DCE1"
+# kinds of layers, as the profiler of a GPU tells them apart
+KINDS = {
+    "linear layers": "#0072B2", "attention": "#D55E00", "convolutions": "#009E73",
+    "norms": "#E69F00", "activations, quantization": "#CC79A7", "copies": "#56B4E9",
+    "rest": "#5B616A",
+}  # fmt: skip
 
 STYLE = {
     "figure.dpi": 150,
@@ -98,28 +104,57 @@ def _footnote(figure: Figure, record: Record, top: float) -> None:
 
 
 def _bars(record: Record) -> Figure:
-    """A row of panels a point: time with quartiles, and peak memory."""
+    """A row of panels a point: time with quartiles, where it goes if known, and peak memory."""
     palette, rows = _bar_colors(record), _timed(record)
     points = list(dict.fromkeys(row["point"] for row in rows))
     panel = 0.31 * len({row["provider"] for row in rows})
+    kinds = [kind for kind in KINDS if any(kind in row.get("kinds", {}) for row in rows)]
+    widths = (3, 2.6, 1.7) if kinds else (3, 2)
     figure, panels = plt.subplots(
-        len(points), 2, figsize=(9, 1.3 + (panel + 0.6) * len(points)), squeeze=False,
-        gridspec_kw={"wspace": 0.06, "hspace": 0.6 / panel, "width_ratios": (3, 2)},
+        len(points), len(widths), figsize=(13 if kinds else 9, 1.3 + (panel + 0.6) * len(points)),
+        squeeze=False,
+        gridspec_kw={"wspace": 0.06, "hspace": 0.6 / panel, "width_ratios": widths},
     )  # fmt: skip
-    for (left, right), point in zip(panels, points, strict=True):
+    for axes, point in zip(panels, points, strict=True):
         mine = [row for row in rows if row["point"] == point][::-1]
-        _time_bars(left, mine, palette, record["baseline"])
-        _memory_bars(right, mine, palette)
-        left.set_title(point, loc="left", size=9.5, weight="bold")
+        _time_bars(axes[0], mine, palette, record["baseline"])
+        if kinds:
+            _kind_bars(axes[1], mine)
+        _memory_bars(axes[-1], mine, palette)
+        axes[0].set_title(point, loc="left", size=9.5, weight="bold")
     panels[-1][0].set_xlabel(
         f"milliseconds: median, quartiles, speed-up over {record['baseline']}", size=8
     )
-    panels[-1][1].set_xlabel("peak memory on top of the libraries, MB", size=8)
-    inches = figure.get_figheight()
-    figure.subplots_adjust(left=0, right=1, top=1 - 0.9 / inches, bottom=0.4 / inches)
+    panels[-1][-1].set_xlabel("peak memory on top of the libraries, MB", size=8)
+    inches, top = figure.get_figheight(), 1.15 if kinds else 0.9
+    figure.subplots_adjust(left=0, right=1, top=1 - top / inches, bottom=0.4 / inches)
+    if kinds:
+        panels[-1][1].set_xlabel("milliseconds in kernels, by kind of layer", size=8)
+        figure.legend(
+            handles=[Patch(color=KINDS[kind], label=kind) for kind in kinds], loc="upper left",
+            bbox_to_anchor=(0, 1 - 0.5 / inches), ncols=len(kinds), frameon=False, borderpad=0,
+            handlelength=1.1, handleheight=0.9, handletextpad=0.5, borderaxespad=0, fontsize=8.5,
+        )  # fmt: skip
     _title(figure, record, 1 - 0.25 / inches)
     _footnote(figure, record, -0.12 / inches)
     return figure
+
+
+def _kind_bars(axes: Axes, rows: list[Row]) -> None:
+    """What the kernels of a call take; the rest of its time the device waits for the host."""
+    ends = []
+    for y, row in enumerate(rows):
+        end = 0.0
+        for kind in KINDS:
+            ms = 1000 * row.get("kinds", {}).get(kind, 0.0)
+            axes.barh(y, ms, 0.66, end, color=KINDS[kind], edgecolor="white", linewidth=0.6)
+            end += ms
+        ends.append(end)
+        label = f"  {end:.3g} ms   {row['launches']:,} kernels" if end else "  not measured"
+        weight = "bold" if row["provider"].startswith("lowbit") else "normal"
+        axes.text(end, y, label, va="center", size=8, weight=weight)
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.45 * max(*ends, 1e-9))
 
 
 def _time_bars(axes: Axes, rows: list[Row], palette: dict[str, str], baseline: str) -> None:

@@ -148,14 +148,19 @@ def without_time(record: Record) -> list[str]:
 def _providers(record: Record) -> list[list[str]]:
     """A row a provider and point; those that never ran are named in the caption."""
     timed = {row["provider"] for row in record["results"] if row["status"] == "ok"}
-    counts_frames = any("frames" in row for row in record["results"])
-    head = ["", "provider", "median (quartiles)", *["frames/s"] * counts_frames, "speed-up"]
-    head += ["peak memory", "weights", f"error against {record['baseline']}"]
-    return [head] + [
-        [row["point"], row["provider"], *_measured(row, counts_frames)]
-        for row in record["results"]
-        if row["provider"] in timed
-    ]
+    rows = [row for row in record["results"] if row["provider"] in timed]
+    against = {"error_vs_float32": "float32"} if _any("error_vs_float32", rows) else {}
+    names = {"frames": "frames/s", "ratio": "speed-up", "launches": "launches"}
+    names |= {"peak_bytes": "peak memory", "weight_bytes": "weights"}
+    names |= against or {"error_vs_baseline": record["baseline"]}
+    fields = [f for f in names if f not in ("frames", "launches") or _any(f, rows)]
+    head = ["", "provider", "median (quartiles)"]
+    head += [f"error against {names[f]}" if f.startswith("error") else names[f] for f in fields]
+    return [head, *([row["point"], row["provider"], *_measured(row, fields)] for row in rows)]
+
+
+def _any(field: str, rows: list[Row]) -> bool:
+    return any(field in row for row in rows)
 
 
 def frames_per_second(row: Row) -> str:
@@ -163,21 +168,24 @@ def frames_per_second(row: Row) -> str:
     return f"{row['frames'] / row['seconds']['median']:,.0f}"
 
 
-def _measured(row: Row, counts_frames: bool) -> list[str]:
+def _measured(row: Row, fields: list[str]) -> list[str]:
     if row["status"] != "ok":
-        return [f"{row['status']}: {row['reason']}", *[""] * (4 + counts_frames)]
+        return [f"{row['status']}: {row['reason']}", *[""] * len(fields)]
     weights = megabytes(row["weight_bytes"])
     if resident := row.get("resident_bytes"):
         weights += f" stored, {megabytes(resident)} in use"
-    error = row.get("error_vs_baseline")
+    error = row.get("error_vs_float32", row.get("error_vs_baseline"))
+    cells = {
+        "frames": frames_per_second(row) if "frames" in row else "",
+        "ratio": f"{row['ratio']['median']:.2f}x",
+        "launches": f"{row.get('launches', '')}",
+        "peak_bytes": megabytes(row["peak_bytes"]) if "peak_bytes" in row else "",
+        "weight_bytes": weights,
+    }
     return [
         f"{milliseconds(row['seconds']['median'])} "
         f"({milliseconds(row['seconds']['q1'], '')} to {milliseconds(row['seconds']['q3'], '')})",
-        *([frames_per_second(row)] if counts_frames else []),
-        f"{row['ratio']['median']:.2f}x",
-        megabytes(row["peak_bytes"]) if "peak_bytes" in row else "",
-        weights,
-        "" if error is None else percent(error),
+        *(cells.get(field, "" if error is None else percent(error)) for field in fields),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lowbit_kernels import (
 )
 from lowbit_kernels.integrations.encoder_layers import FusedLayer
 from lowbit_kernels.integrations.fuse import is_fused
+from lowbit_kernels.integrations.huggingface import LowbitConfig
 from lowbit_kernels.testing import assert_as_accurate
 from tests.families.models import FAMILIES, LAYERS
 
@@ -92,31 +94,69 @@ def test_fused_layers_are_as_accurate_as_the_layers_they_were(name: str, preset:
     assert_as_accurate(logits(fused, inputs), logits(plain, inputs), exact_logits(plain, inputs))
 
 
-@pytest.mark.parametrize("preset", CONFIGS)
-@pytest.mark.parametrize("name", FUSED)
-def test_a_fused_layer_runs_in_a_handful_of_launches(name: str, preset: str) -> None:
-    model, inputs = build(name, preset, fuse=True), BY_NAME[name].inputs()
+def launches_of_the_last_layer(
+    model: Any,
+    inputs: dict[str, Tensor],
+    count: Callable[[Callable[[], Any]], tuple[Any, list[str]]],
+) -> list[str]:
+    """What a second forward launches between the last layer's input and its output."""
     logits(model, inputs)
-    layer = layers_of(model)[-1]
-    counted: list[Launches] = []
-    forward = type(layer)._fused
+    counted = []
+    forward = type(layers_of(model)[-1])._fused
 
-    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with Launches() as launches:
-            out = forward(self, *args, **kwargs)
-        counted.append(launches)
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out, names = count(lambda: forward(self, *args, **kwargs))
+        counted.append(names)
         return out
 
-    type(layer)._fused = count
+    type(layers_of(model)[-1])._fused = counting
     try:
         logits(model, inputs)
     finally:
-        type(layer)._fused = forward
-    most = {"small": 7, "fast": 9, "static": 9}[preset]
-    if name in CONFORMERS:
-        most = {"small": 14, "fast": 18, "static": 18}[preset]
+        type(layers_of(model)[-1])._fused = forward
     assert len(counted) == LAYERS
-    assert len(counted[-1].names) <= most, counted[-1].names
+    return counted[-1]
+
+
+def ops(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    with Launches() as launches:
+        out = call()
+    return out, launches.names
+
+
+def kernels(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        out = call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return out, [event.name for event in events]
+
+
+def most_launches(name: str, preset: str) -> int:
+    transformer, conformer = {"small": (7, 14), "fast": (9, 18), "static": (7, 14)}[preset]
+    return conformer if name in CONFORMERS else transformer
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_layer_runs_in_a_handful_of_ops(name: str, preset: str) -> None:
+    model = build(name, preset, fuse=True)
+    names = launches_of_the_last_layer(model, BY_NAME[name].inputs(), ops)
+    assert len(names) <= most_launches(name, preset), names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", CONFIGS)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_layer_runs_in_a_handful_of_launches(name: str, preset: str) -> None:
+    model = build(name, preset, fuse=True).to("cuda", torch.bfloat16)
+    inputs = {
+        n: t.to("cuda", torch.bfloat16 if t.is_floating_point() else t.dtype)
+        for n, t in BY_NAME[name].inputs().items()
+    }
+    names = launches_of_the_last_layer(model, inputs, kernels)
+    assert len(names) <= most_launches(name, preset), names
 
 
 @pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "conformer-relative"])
@@ -298,6 +338,24 @@ def test_layers_that_differ_stay_as_they_were() -> None:
         logits(model, family.inputs())
     # one layer has six matrix products, the other four; and the projection of the features
     assert sum(name.startswith("lowbit.linear") for name in launches.names) == 6 + 4 + 1
+
+
+def test_the_report_says_what_was_fused() -> None:
+    report = quantize(BY_NAME["hubert"].build(), fuse=True)
+    assert f"{LAYERS} encoder layers are fused" in report.notes
+    report = quantize(BY_NAME["parakeet"].build(), fuse=True)
+    assert "0 encoder layers are fused" in report.notes
+
+
+def test_from_pretrained_fuses(tmp_path: Any) -> None:
+    family = BY_NAME["wav2vec2-group"]
+    model = family.build()
+    model.save_pretrained(tmp_path)
+    quantize(model, QuantConfig.fast(), fuse=True)
+    config = LowbitConfig(preset="fast", fuse=True)
+    again = type(model).from_pretrained(tmp_path, quantization_config=config).eval()
+    assert len(layers_of(again)) == LAYERS
+    assert torch.equal(logits(again, family.inputs()), logits(model, family.inputs()))
 
 
 def test_fuse_must_be_a_bool() -> None:

@@ -10,7 +10,7 @@ from bench.cases.conv1d_cuda import CONV1D_CUDA
 from bench.cases.conv_blocks_cuda import CONV_MODULE_CUDA, FRONT_END_CUDA, POSITIONAL_CUDA
 from bench.cases.depthwise_cuda import DEPTHWISE_CUDA
 from bench.cases.encoder_cpu import ENCODER_CPU
-from bench.cases.encoder_cuda import ENCODER_CUDA
+from bench.cases.encoder_cuda import ENCODER_CUDA, ENCODER_MODELS
 from bench.cases.host_overhead import HOST_OVERHEAD
 from bench.cases.import_time import IMPORT_TIME
 from bench.cases.linear_backward_cuda import LINEAR_BACKWARD
@@ -29,9 +29,9 @@ from bench.cases.training_cuda import TRAINING_CUDA
 
 ON_CPU = (ENCODER_CPU, CHECKPOINT_BYTES, IMPORT_TIME, LINEAR_CPU, CONV1D_CPU)
 ON_CUDA = (
-    CEILINGS, LINEAR_BATCH1, LINEAR_LARGE, LINEAR_BACKWARD, LINEAR_STREAM, HOST_OVERHEAD,
-    LINEAR_ODD, LINEAR_BITS, LINEAR_TRAINING, LINEAR_LADDER, ENCODER_CUDA, TRAINING_CUDA,
+    CEILINGS, LINEAR_BATCH1, ENCODER_CUDA, LINEAR_LARGE, LINEAR_BACKWARD, LINEAR_STREAM,
+    HOST_OVERHEAD, LINEAR_ODD, LINEAR_BITS, LINEAR_TRAINING, LINEAR_LADDER, TRAINING_CUDA,
     COLD_START, FRONT_END_CUDA, POSITIONAL_CUDA, CONV_MODULE_CUDA, DEPTHWISE_CUDA, ATTENTION_CUDA,
-    CONV1D_CUDA, NORM_CUDA,
+    CONV1D_CUDA, NORM_CUDA, *ENCODER_MODELS,
 )  # fmt: skip
 CASES: dict[str, Case | ValueCase] = {case.name: case for case in (*ON_CPU, *ON_CUDA)}

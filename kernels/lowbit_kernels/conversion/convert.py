@@ -113,12 +113,12 @@ def _quantize(
         plan = [_leave_unused(d) if d.name in unused else d for d in plan]
     reports = tuple(_report(d, layers.get(d.name)) for d in plan)
     after = before + sum(r.bytes_after - r.bytes_before for r in reports)
+    notes = unmatched_patterns(plan, config)
     if not dry_run:
         replace_modules(model, {d.module: layers[d.name] for d in chosen if d.name in layers})
         if layers:
             adapt(model)
-            finish(model, config)
-    notes = unmatched_patterns(plan, config)
+            notes += finish(model, config)
     if not chosen:
         notes.append("nothing was quantized: no layer matched the config")
     return QuantizationReport(reports, before, after, tuple(notes))

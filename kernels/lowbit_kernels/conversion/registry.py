@@ -35,10 +35,14 @@ EXPOSERS: list[Adapter] = []
 # each finds input offsets [C] of a model's convolutions (``QuantSpec.input_offset``); the model is
 # in eval mode, without gradients, while it does
 OFFSETS: list[Callable[[nn.Module], dict[nn.Module, Tensor]]] = []
-FINISHERS: list[Callable[[nn.Module, QuantConfig | None], None]] = []
+# each returns a remark for the report, or None
+FINISHERS: list[Callable[[nn.Module, QuantConfig | None], str | None]] = []
 
 
-def finish(model: nn.Module, config: QuantConfig | None) -> None:
-    """Run every finisher; ``config=None`` says that the model is in float again."""
-    for finisher in FINISHERS:
-        finisher(model, config)
+def finish(model: nn.Module, config: QuantConfig | None) -> list[str]:
+    """Run every finisher; ``config=None`` says that the model is in float again.
+
+    Returns:
+        Remarks for the report.
+    """
+    return [note for finisher in FINISHERS if (note := finisher(model, config))]

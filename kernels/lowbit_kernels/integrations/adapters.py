@@ -42,14 +42,17 @@ def _named(*names: str) -> Callable[[nn.Module], bool]:
     return lambda module: is_stock(module, *names)
 
 
-def _tell_transformers(model: nn.Module, config: QuantConfig | None) -> None:
+def _tell_transformers(model: nn.Module, config: QuantConfig | None) -> str | None:
     """Attach the quantization to a transformers model, so that it saves and loads quantized."""
     if "transformers.modeling_utils" not in sys.modules:
-        return
+        return None
     from lowbit_kernels.integrations.huggingface import attach, detach, is_pretrained
 
     if is_pretrained(model):
-        detach(model) if config is None else attach(model, config)
+        if config is not None:
+            return attach(model, config)
+        detach(model)
+    return None
 
 
 ADAPTERS.extend([

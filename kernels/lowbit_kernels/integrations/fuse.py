@@ -34,8 +34,8 @@ def is_fused(model: nn.Module) -> bool:
     return any(isinstance(module, FusedLayer) for module in model.modules())
 
 
-def fuse_layers(model: nn.Module) -> bool:
-    """Make the encoder layers of a model fused ones, in place; whether there are any now."""
+def fuse_layers(model: nn.Module) -> int:
+    """Make the encoder layers of a model fused ones, in place; returns how many there are now."""
     for module in list(model.modules()):
         # a conformer's is swapped already, for a mixin that the fused one extends
         origin = module._origin if isinstance(module, Swapped) else type(module)
@@ -47,7 +47,7 @@ def fuse_layers(model: nn.Module) -> bool:
         is_known = introduce_layers in module._forward_pre_hooks.values()
         if not is_known and any(_is_stack(child) for child in module.children()):
             module.register_forward_pre_hook(introduce_layers, with_kwargs=True)
-    return is_fused(model)
+    return sum(isinstance(module, FusedLayer) for module in model.modules())
 
 
 def _is_stack(module: nn.Module) -> bool:

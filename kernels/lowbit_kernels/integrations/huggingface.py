@@ -98,7 +98,7 @@ def is_pretrained(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def attach(model: Any, config: QuantConfig) -> None:
+def attach(model: Any, config: QuantConfig) -> str | None:
     """Mark a transformers model as quantized: ``save_pretrained`` then writes its layer table.
 
     With ``config.fuse`` its encoder layers become fused ones.
@@ -106,14 +106,19 @@ def attach(model: Any, config: QuantConfig) -> None:
     Args:
         model: holds quantized layers.
         config: what it was quantized with.
+
+    Returns:
+        How many layers were fused, if any were to be.
     """
     stored = LowbitConfig(config=config.to_dict(), method=None, layers=layer_table(model))
     model.config.quantization_config = stored
     model.hf_quantizer = LowbitQuantizer(stored, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     _set_quantized(model, True)
-    if config.fuse and fuse_layers(model):
+    count = fuse_layers(model) if config.fuse else 0
+    if count:
         model.set_attn_implementation("lowbit")
+    return f"{count} encoder layers are fused" if config.fuse else None
 
 
 def detach(model: Any) -> None:

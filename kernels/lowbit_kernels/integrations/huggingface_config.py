@@ -28,6 +28,7 @@ class LowbitConfig(QuantizationConfigMixin):
         method: rounding: ``"rtn"``, ``"search"`` or ``"hqq"``; ``None`` in a saved model.
         preset: ``"small"`` or ``"fast"``, see ``QuantConfig``; takes ``bits``, ``deterministic``
             and nothing else of the spec.
+        fuse: as in ``quantize``.
         config: a ``QuantConfig`` or its dictionary, in place of the spec.
         modules_to_not_convert: dotted names, or parts of them, to leave in float besides the heads.
         layers: the layers of a quantized model; written by ``save_pretrained``.
@@ -49,6 +50,7 @@ class LowbitConfig(QuantizationConfigMixin):
         *,
         method: str | None = "rtn",
         preset: str | None = None,
+        fuse: bool = False,
         config: QuantConfig | Mapping[str, Any] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
@@ -81,7 +83,7 @@ class LowbitConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.version = version
         self.method = method
-        self.config = chosen.to_dict()
+        self.config = replace(chosen, fuse=chosen.fuse or fuse).to_dict()
         self.layers = {name: dict(entry) for name, entry in (layers or {}).items()}
 
     @property
