@@ -24,8 +24,9 @@ from bench.shapes import SAMPLE_RATE, SECONDS
 from lowbit_kernels import QuantConfig, capture_graphs, quantize
 from lowbit_kernels.cpu.resident import resident_bytes
 
-# against the float model: 4 bits leave a third of random weights' signal as noise in 12 layers
-PEER_ERROR = 0.7
+# against the float model: 4-bit random weights leave 0.75 in 24 Conformer layers, and results that
+# have nothing to do with each other differ by 1.4
+PEER_ERROR = 1.0
 LARGE = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
     "intermediate_size": 4096,

@@ -18,6 +18,7 @@ from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.formats.weight import TENSORS
 from lowbit_kernels.matmul import low_bit_linear, low_bit_linear_int8
 from lowbit_kernels.modules.base import remembered
+from lowbit_kernels.modules.conv1d import QConv1d
 from lowbit_kernels.modules.linear import QLinear
 from lowbit_kernels.norm import norm_of_norm, norm_quantize
 
@@ -49,8 +50,13 @@ class Operand(NamedTuple):
         return spec.inputs == "int8" and spec.input_scale != "utterance"
 
 
-def operand(layer: QLinear, factor: float = 1.0) -> Operand:
-    """A layer's weight and bias, for its output times ``factor``, a power of two."""
+def operand(layer: QLinear | QConv1d, factor: float = 1.0) -> Operand:
+    """The weight and bias of a linear layer or pointwise convolution.
+
+    Args:
+        layer: the layer.
+        factor: what its output is multiplied by, a power of two.
+    """
     weight, bias = layer.quantized_weight(), layer._parameters["bias"]
     is_static = weight.input_scale is not None and weight.spec.inputs == "int8"
     if factor == 1 and not is_static:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from lowbit_kernels.conv1d.depthwise_op import MAX_CHANNELS, depthwise_conv1d_norm
 from lowbit_kernels.conv1d.geometry import Padding
 from lowbit_kernels.formats import QuantSpec
-from lowbit_kernels.matmul import low_bit_linear, low_bit_linear_int8
 from lowbit_kernels.modules.base import remembered
+from lowbit_kernels.modules.blocks import Int8Rows, linear, normalize, operand
 from lowbit_kernels.modules.conv1d import QConv1d, conv_options, is_depthwise, is_pointwise
-from lowbit_kernels.norm import norm_quantize
 
 Folded = tuple[Tensor, Tensor | None]
 
@@ -85,8 +84,8 @@ def convolve(
 ) -> Tensor:
     """Pointwise with GLU; depthwise, norm and activation; pointwise with residual: [B, T, C].
 
-    It has no gradient. With int8 inputs of one scale a token, a LayerNorm before the first
-    pointwise convolution and the end of the depthwise one quantize for the next product.
+    It has no gradient. With int8 inputs of one scale a token, or a static one, a LayerNorm before
+    the first pointwise convolution and the end of the depthwise one quantize for the next product.
 
     Args:
         x: [B, T, C], of the layers' dtype.
@@ -97,29 +96,21 @@ def convolve(
         lengths: [B], the valid frames; the depthwise convolution sees zeros beyond.
         residual: [B, T, C], added last.
     """
-    weight1, weight2 = pointwise1.quantized_weight(), pointwise2.quantized_weight()
-    bias1, bias2 = pointwise1._parameters["bias"], pointwise2._parameters["bias"]
-    by_token1, by_token2 = (
-        w.spec.inputs == "int8" and w.spec.input_scale == "token" for w in (weight1, weight2)
-    )
-    dtype = x.dtype
-    if layer_norm is not None and by_token1:
-        q, q_scale, _ = norm_quantize(x, layer_norm.weight, layer_norm.bias, eps=layer_norm.eps)
-        x = low_bit_linear_int8(q, q_scale, weight1, bias1, epilogue="glu", dtype=dtype)
-    else:
-        x = x if layer_norm is None else layer_norm(x)
-        x = low_bit_linear(x, weight1, bias1, epilogue="glu")
+    first, second, dtype = operand(pointwise1), operand(pointwise2), x.dtype
+    rows = x if layer_norm is None else normalize(x, layer_norm, first)
+    x = linear(rows, first, dtype, epilogue="glu")
     scale, bias = _folded(depthwise, norm)
     affine = None
     if isinstance(norm, nn.LayerNorm):
         affine = norm.weight, norm.bias, norm.eps
+    is_static = second.static is not None
     y, y_scale = depthwise_conv1d_norm(
         x, depthwise.quantized_weight(), bias, padding=padding, scale=scale, norm=affine,
-        epilogue=epilogue, lengths=lengths, int8_rows=by_token2,
+        epilogue=epilogue, lengths=lengths, int8_rows=second.takes_int8 and not is_static,
+        out_scale=second.weight.input_scale if is_static else None,
     )  # fmt: skip
-    if by_token2:
-        return low_bit_linear_int8(y, y_scale, weight2, bias2, residual=residual, dtype=dtype)
-    return low_bit_linear(y, weight2, bias2, residual=residual)
+    inner = Int8Rows(y, None if is_static else y_scale) if second.takes_int8 else y
+    return linear(inner, second, dtype, residual=residual)
 
 
 class ConvolutionModule(nn.Module):
