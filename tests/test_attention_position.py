@@ -254,7 +254,7 @@ def test_op_is_as_accurate_as_torch(name, dtype, device):
         elif device == "cpu":
             out = definition(leaves[0], leaves[1], used, D**-0.5).softmax(-1) @ leaves[2]
         else:  # the definitions make their indices on a CPU
-            query, scheme = resolve(leaves[0], used, None)
+            query, scheme = resolve(leaves[0], used, None).with_rows(leaves[0])
             bias = scheme.scores(T, D**-0.5)
             out, _ = flash_attention_reference(query, *leaves[1:3], None, bias, None, D**-0.5)
         found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))])

@@ -131,8 +131,11 @@ def cost(point: Point, itemsize: int) -> Cost:
 def sdpa(inputs: Inputs) -> Tensor:
     """PyTorch's, with the mask that a model gives it."""
     T, valid = inputs.q.shape[2], inputs.valid
-    q, scheme = resolve(inputs.q, inputs.position, None)
-    mask = None if scheme is None else scheme.scores(T, q.shape[-1] ** -0.5).to(q.dtype)
+    q, mask = inputs.q, None
+    scheme = resolve(q, inputs.position, None)
+    if scheme is not None:
+        q, scheme = scheme.with_rows(q)
+        mask = scheme.scores(T, q.shape[-1] ** -0.5).to(q.dtype)
     if valid is not None:
         mask = valid[:, None, None, :]
     if inputs.window is not None:

@@ -8,6 +8,7 @@ Dimension key: B batch, T samples (or mel frames), F mel bins.
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -211,8 +212,7 @@ def torchao(config: str, **options: Any) -> Callable[[Inputs], Prepared]:
     """Every linear layer in torchao's format, compiled."""
 
     def prepare_torchao(inputs: Inputs) -> Prepared:
-        from torchao import quantization
-
+        quantization = importlib.import_module("torchao.quantization")
         made = getattr(quantization, config)(**options)
         return prepare(
             inputs, lambda model: quantization.quantize_(model, made), compiler("reduce-overhead"),

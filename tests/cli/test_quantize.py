@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lowbit_kernels
+from lowbit_kernels.integrations.fuse import is_fused
 
 
 def names_in(folder):
@@ -75,6 +76,12 @@ def test_options_choose_the_spec(options, spec, lowbit, float_model, tmp_path):
     # convolutions of the front end may have one
     assert {found.replace(" around an offset", "") for found in specs} == {spec}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fused_model_is_saved_as_one(lowbit, float_model, tmp_path):
+    called = lowbit("quantize", float_model, tmp_path / "out", "--fuse", "--json")
+    assert "2 encoder layers are fused" in called.json["notes"]
+    assert is_fused(lowbit_kernels.load_quantized(tmp_path / "out"))
 
 
 def test_a_report_is_shown_and_the_folder_named(lowbit, float_model, tmp_path):

@@ -1,6 +1,6 @@
 """Bidirectional self-attention with key lengths, a local window and position schemes."""
 
-from lowbit_kernels.attention.op import flash_attention
+from lowbit_kernels.attention.op import attend_int8, flash_attention
 from lowbit_kernels.attention.position import (
     BucketedBias,
     DenseBias,
@@ -16,6 +16,7 @@ __all__ = [
     "Position",
     "RelativeKey",
     "TransformerXL",
+    "attend_int8",
     "flash_attention",
     "flash_attention_reference",
 ]

@@ -117,15 +117,22 @@ def check_position(q: Tensor, position: Position | None, window: int | None) -> 
         )
 
 
-def check_offsets_gradient(q: Tensor, *others: Tensor) -> None:
+def needs_gradient(q: Tensor, k: Tensor, v: Tensor, position: Position | None) -> bool:
+    """Whether a result of these has a gradient."""
+    values = () if position is None else vars(position).values()
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, *values)
+    )
+
+
+def check_offsets_gradient(q: Tensor) -> None:
     """Refuse what the kernels of the backward with a table of offsets do not serve.
 
     Raises:
         NotImplementedError: naming what is served.
     """
-    D, trains = q.shape[-1], any(x.requires_grad for x in (q, *others))
-    is_large = q.is_cuda and q.dtype == torch.float32 and D > MAX_FP32_HEAD_DIM
-    if is_large and trains and torch.is_grad_enabled():
+    D = q.shape[-1]
+    if q.is_cuda and q.dtype == torch.float32 and D > MAX_FP32_HEAD_DIM:
         raise NotImplementedError(
             f"in fp32 on CUDA, gradients with a table of offsets are served up to D = "
             f"{MAX_FP32_HEAD_DIM}, got {D}: use autocast, 16 bits or a DenseBias"

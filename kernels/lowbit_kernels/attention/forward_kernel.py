@@ -19,6 +19,7 @@ from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.attention.scores_kernel import (
     LOG2_E,
     PAD_TO,
+    add_features,
     kept_by_dropout,
     keys_of_offsets,
     load_bias,
@@ -31,11 +32,13 @@ from lowbit_kernels.attention.scores_kernel import (
     visible,
     visible_range,
 )
+from lowbit_kernels.matmul.quantize_kernel import round_to_int8
 
 
 @triton.jit(do_not_specialize=["T", "window", "largest"])
 def _flash_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, content_ptr, position_ptr, seed_ptr,
+    out_scale_ptr, out_ptr, lse_ptr,
     H, T, window, scale, dropout_p, largest,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
@@ -71,6 +74,11 @@ def _flash_attention_fwd_kernel(
             rows = load_frames(rows_ptr, offs_m, stride_rt, length, D_IN, BLOCK_D)
         else:
             gate = tl.load(rows_ptr + offs_m * stride_rt, mask=offs_m < length, other=0.0)
+    elif IS_RELATIVE:
+        rows = q
+        if content_ptr is not None:
+            rows = add_features(q, position_ptr + h * D, D, BLOCK_D)
+            q = add_features(q, content_ptr + h * D, D, BLOCK_D)
     # the powers are of 2; without a bias the scores are scaled in one instruction with their
     # difference from the largest
     to_log2 = scale * LOG2_E
@@ -115,14 +123,18 @@ def _flash_attention_fwd_kernel(
     acc = acc / denominator[:, None]
     tl.store(lse_ptr + bh.to(tl.int64) * T + offs_m, lse, mask=offs_m < T)
     out_ptr += b * stride_ob + h * stride_oh
+    if out_scale_ptr is not None:
+        # rounded to q's dtype first: what the next layer would make of the floating-point output
+        inverse = tl.div_rn(1.0, tl.load(out_scale_ptr))
+        acc, _ = round_to_int8(acc.to(q.dtype).to(tl.float32), inverse, CLAMP=True)
     store_frames(out_ptr, offs_m, stride_ot, acc, T, D, BLOCK_D)
 
 
-def empty_heads(q: Tensor) -> Tensor:
+def empty_heads(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialized [B, H, T, D] in memory order [B, T, H, D], as the op's fake has it."""
     _, H, T, D = q.shape
     strides = (T * H * D, D, H * D, 1)
-    return torch.empty_strided(q.shape, strides, dtype=q.dtype, device=q.device)
+    return torch.empty_strided(q.shape, strides, dtype=dtype or q.dtype, device=q.device)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -170,16 +182,17 @@ def flash_attention_triton(
     window: int | None,
     scale: float,
     dropout_p: float,
+    out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on q, k, v [B, H, T, D]. op.py has checked the inputs.
 
     Returns:
-        out: [B, H, T, D].
+        out: [B, H, T, D], int8 by ``out_scale`` [] fp32 if that is given.
         lse: [B, H, T], fp32, the softmax's denominator as the backward takes it: its logarithm to
             the base 2, which is rounded once; the natural one would be rounded three times.
     """
     B, H, T, D = q.shape
-    out = empty_heads(q)
+    out = empty_heads(q, None if out_scale is None else torch.int8)
     lse = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
@@ -187,8 +200,11 @@ def flash_attention_triton(
     kind = None if scheme is None else scheme.kind
     config = default_config("forward", D, q.dtype, kind, seed is not None, shared_bytes(q.device))
     tensors, largest, strides = scheme_arguments(scheme, q)
+    biases: tuple[Tensor | None, ...] = (None, None)
+    if scheme is not None and scheme.biases is not None:
+        biases = tuple(bias.contiguous() for bias in scheme.biases)
     _flash_attention_fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-        q, k, v, lengths, *tensors, seed, out, lse,
+        q, k, v, lengths, *tensors, *biases, seed, out_scale, out, lse,
         H, T, None if window is None else min(window, T), scale, dropout_p, largest,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *out.stride()[:3],
         KIND=kind, D=D, BLOCK_D=config.block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,

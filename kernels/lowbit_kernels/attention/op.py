@@ -13,6 +13,7 @@ from lowbit_kernels.attention.checks import (
     check_offsets_gradient,
     check_options,
     check_position,
+    needs_gradient,
 )
 from lowbit_kernels.attention.dispatch import (
     FLASH_ATTN_INSTALLED,
@@ -25,13 +26,16 @@ from lowbit_kernels.attention.reference import (
     flash_attention_backward_reference,
     flash_attention_reference,
 )
+from lowbit_kernels.checks import check_like
 from lowbit_kernels.cpu import attention_backward_cpu, attention_cpu, empty_heads
 from lowbit_kernels.device import implement_on_cuda
+from lowbit_kernels.matmul.reference import quantize_rows
 
 torch.library.define(
     "lowbit::flash_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? lengths, str? kind, Tensor? table, Tensor? rows, "
-    "Tensor? seed, int? window, float? scale, float dropout_p) -> (Tensor out, Tensor lse)",
+    "Tensor? seed, int? window, float? scale, float dropout_p, Tensor? content_bias=None, "
+    "Tensor? position_bias=None, Tensor? out_scale=None) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "lowbit::flash_attention_backward",
@@ -43,9 +47,11 @@ torch.library.define(
 
 
 @torch.library.register_fake("lowbit::flash_attention")
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    q, *_, out_scale = _unpack(*args)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    out = empty_heads(q, None if out_scale is None else torch.int8)
+    return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -64,12 +70,20 @@ def _fake_backward(*args: Any) -> Gradients:
     return dq, dk, dv, table.new_empty(table.shape), drows
 
 
-def _scheme(kind: str | None, table: Tensor | None, rows: Tensor | None) -> Scheme | None:
-    return None if kind is None or table is None else Scheme(kind, table, rows)
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+def _unpack(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, kind: str | None,
+    table: Tensor | None, rows: Tensor | None, seed: Tensor | None, window: int | None,
+    scale: float | None, dropout_p: float, content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None, out_scale: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the op, of which some become a scheme; the scale is never None."""
+    scheme = biases = None
+    if content_bias is not None and position_bias is not None:
+        biases = content_bias, position_bias
+    if kind is not None and table is not None:
+        scheme = Scheme(kind, table, rows, biases)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return q, k, v, lengths, scheme, seed, window, scale, dropout_p, out_scale
 
 
 def _cpu_native(q: Tensor) -> bool:
@@ -107,12 +121,25 @@ def _cpu_bias(
 
 @torch.library.impl("lowbit::flash_attention", "cpu")
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, lengths, *position, seed, window, scale, dropout_p = args
-    scale = _scale(q, scale)
+    *inputs, out_scale = _unpack(*args)
+    out, lse = _attend_cpu(*inputs)
+    if out_scale is None:
+        return out, lse
+    rows = out.transpose(1, 2)
+    levels = quantize_rows(rows.flatten(0, 2), out_scale.expand(lse.numel())).view(rows.shape)
+    return empty_heads(out, torch.int8).copy_(levels.transpose(1, 2)), lse
+
+
+def _attend_cpu(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scheme: Scheme | None,
+    seed: Tensor | None, window: int | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         return empty_heads(q), q.new_empty(q.shape[:3], dtype=wide)
-    bias = _cpu_scores(q, _scheme(*position), scale)
+    if scheme is not None:
+        q, scheme = scheme.with_rows(q)
+    bias = _cpu_scores(q, scheme, scale)
     if _cpu_native(q):
         drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
         native = attention_cpu(q, k, v, lengths, bias, window, scale, *drop)
@@ -140,8 +167,8 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("lowbit::flash_attention_backward", "cpu")
 def _cpu_backward(*args: Any) -> Gradients:
-    grad_out, q, k, v, out, lse, lengths, *position, seed, window, scale, dropout_p, needs = args
-    scale, scheme = _scale(q, scale), _scheme(*position)
+    grad_out, q, k, v, out, lse, *rest, needs = args
+    *_, lengths, scheme, seed, window, scale, dropout_p, _ = _unpack(q, k, v, *rest)
     bias = _cpu_scores(q, scheme, scale)
     needs_scores = scheme is not None and (needs or scheme.rows is not None)
     if _cpu_native(q):
@@ -189,19 +216,17 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.attention.forward_kernel import flash_attention_triton
 
-    q, k, v, lengths, *position, seed, window, scale, dropout_p = args
-    scheme, scale = _scheme(*position), _scale(q, scale)
-    return flash_attention_triton(q, k, v, lengths, scheme, seed, window, scale, dropout_p)
+    return flash_attention_triton(*_unpack(*args))
 
 
 def _cuda_backward(*args: Any) -> Gradients:
     from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
 
-    grad_out, q, k, v, out, lse, lengths, *position, seed, window, scale, dropout_p, needs = args
+    grad_out, q, k, v, out, lse, *rest, needs = args
+    *_, lengths, scheme, seed, window, scale, dropout_p, _ = _unpack(q, k, v, *rest)
     return flash_attention_backward_triton(
-        grad_out, q, k, v, out, lse, lengths, _scheme(*position), seed, window, _scale(q, scale),
-        dropout_p, needs,
-    )  # fmt: skip
+        grad_out, q, k, v, out, lse, lengths, scheme, seed, window, scale, dropout_p, needs
+    )
 
 
 implement_on_cuda("lowbit::flash_attention", _cuda)
@@ -209,8 +234,9 @@ implement_on_cuda("lowbit::flash_attention_backward", _cuda_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lengths, ctx.kind, table, rows, seed, *ctx.options = inputs
-    out, lse = output
+    q, k, v, lengths, ctx.kind, table, rows, seed, *options = inputs
+    assert options[3:] == [None, None, None], "biases and out_scale have no gradient"
+    ctx.options, (out, lse) = options[:3], output
     ctx.save_for_backward(q, k, v, out, lse, lengths, table, rows, seed)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -218,14 +244,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 11
+        return (None,) * 14
     *tensors, table, rows, seed = ctx.saved_tensors
     needs_table, needs_rows = ctx.needs_input_grad[5:7]
     dq, dk, dv, dtable, drows = torch.ops.lowbit.flash_attention_backward.default(
         grad_out, *tensors, ctx.kind, table, rows, seed, *ctx.options, needs_table
     )
     table_grad, rows_grad = dtable if needs_table else None, drows if needs_rows else None
-    return dq, dk, dv, None, None, table_grad, rows_grad, None, None, None, None
+    return dq, dk, dv, None, None, table_grad, rows_grad, *(None,) * 7
 
 
 torch.library.register_autograd("lowbit::flash_attention", _backward, setup_context=_setup_context)
@@ -275,15 +301,65 @@ def flash_attention(
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
         NotImplementedError: on CUDA in fp32, for gradients of D above 64 with a table of offsets.
     """
+    return _attend(q, k, v, lengths, window, position, scale, dropout_p)
+
+
+def attend_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_scale: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    window: int | None = None,
+    position: Position | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend, and quantize the result for a linear layer with static int8 inputs.
+
+    Equal, bit by bit, to what such a layer makes of ``flash_attention``'s result; in one launch.
+
+    Args:
+        q: [B, H, T, D], and the others, as ``flash_attention`` takes them.
+        k: like q.
+        v: like q.
+        out_scale: [] fp32, what a unit of the result stands for.
+        lengths: as in ``flash_attention``.
+        window: as in ``flash_attention``.
+        position: as in ``flash_attention``.
+        scale: as in ``flash_attention``.
+
+    Returns:
+        [B, H, T, D] int8, ``round(out / out_scale)`` in [-127, 127], in ``flash_attention``'s
+        layout. It has no gradient.
+
+    Raises:
+        ValueError: as ``flash_attention``; on a wrong ``out_scale``; where an input needs a
+            gradient.
+    """
+    check_like("out_scale", out_scale, (), torch.float32, q)
+    return _attend(q, k, v, lengths, window, position, scale, 0.0, out_scale)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None,
+    position: Position | None, scale: float | None, dropout_p: float,
+    out_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     check_heads(q, k, v)
     check_options(q, lengths, window, scale, dropout_p)
     check_position(q, position, window)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    query, scheme = resolve(q, position, window)
-    if scheme is not None and scheme.kind != "dense":
-        check_offsets_gradient(query, k, v, scheme.table)
+    scheme = resolve(q, position, window)
+    trains = needs_gradient(q, k, v, position)
+    if trains and out_scale is not None:
+        raise ValueError("out_scale: an int8 result has no gradient, which an input needs here")
+    if trains and scheme is not None:
+        if scheme.kind != "dense":
+            check_offsets_gradient(q)
+        q, scheme = scheme.with_rows(q)
     backend = choose_backend(
         q.device.type,
         q.dtype,
@@ -291,14 +367,15 @@ def flash_attention(
         has_lengths=lengths is not None,
         has_position=scheme is not None,
         capturing=torch.compiler.is_compiling() or _is_capturing(q),
-        installed=FLASH_ATTN_INSTALLED,
+        installed=FLASH_ATTN_INSTALLED and out_scale is None,
     )
     if backend == "flash_attn":
         return flash_attn_backend(q, k, v, window, scale, dropout_p)
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     out: Tensor
     of_scheme = (None,) * 3 if scheme is None else (scheme.kind, scheme.table, scheme.rows)
+    biases = (None, None) if scheme is None or scheme.biases is None else scheme.biases
     out, _ = torch.ops.lowbit.flash_attention.default(
-        query, k, v, lengths, *of_scheme, seed, window, scale, dropout_p
+        q, k, v, lengths, *of_scheme, seed, window, scale, dropout_p, *biases, out_scale
     )
     return out

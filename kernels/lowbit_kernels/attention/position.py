@@ -86,12 +86,24 @@ class Scheme:
         table: the bias, broadcastable [B, H, T, T]; the bias of each offset [H, 2 R + 1], of -R
             first; or the keys of the offsets [H or 1, 2 R + 1, D].
         rows: None; the gates [B, H, T] that multiply the bias, or None; or the queries
-            [B, H, T, D] that score the keys.
+            [B, H, T, D] that score the keys. None there: q itself, see ``biases``.
+        biases: None, or what is added to q [B, H, T, D] where it scores the keys of frames, and of
+            offsets: [H, D] each.
     """
 
     kind: str
     table: Tensor
     rows: Tensor | None = None
+    biases: tuple[Tensor, Tensor] | None = None
+
+    def with_rows(self, q: Tensor) -> tuple[Tensor, "Scheme"]:
+        """The queries that score the keys of frames, and a scheme that has those of offsets."""
+        if self.kind != "relative" or self.rows is not None:
+            return q, self
+        if self.biases is None:
+            return q, Scheme(self.kind, self.table, q)
+        content, position = (bias.to(q.dtype)[:, None] for bias in self.biases)
+        return q + content, Scheme(self.kind, self.table, q + position)
 
     def to(self, dtype: torch.dtype) -> "Scheme":
         """In another dtype."""
@@ -153,26 +165,24 @@ def _by_key(per_offset: Tensor) -> Tensor:
     return per_offset.as_strided((B, H, T, T), strides, per_offset.storage_offset() + T - 1)
 
 
-def resolve(
-    q: Tensor, position: Position | None, window: int | None
-) -> tuple[Tensor, Scheme | None]:
-    """The queries [B, H, T, D] that score the keys, and the scheme; shapes have been checked."""
+def resolve(q: Tensor, position: Position | None, window: int | None) -> Scheme | None:
+    """The scheme for queries [B, H, T, D]; shapes have been checked."""
     if position is None:
-        return q, None
+        return None
     if isinstance(position, DenseBias):
         bias = position.bias
-        return q, Scheme("dense", bias[(None,) * (4 - bias.dim())])
+        return Scheme("dense", bias[(None,) * (4 - bias.dim())])
     if isinstance(position, TransformerXL):
-        u, v = (b.to(q.dtype)[:, None] for b in (position.content_bias, position.position_bias))
-        return q + u, Scheme("relative", position.keys.to(q.dtype), q + v)
+        biases = position.content_bias, position.position_bias
+        return Scheme("relative", position.keys.to(q.dtype), biases=biases)
     largest = max(0, q.shape[2] - 1 if window is None else min(window, q.shape[2] - 1))
     offsets = torch.arange(-largest, largest + 1, device=q.device)
     if isinstance(position, RelativeKey):
         right = position.table.shape[0] - 1 - position.left
         clipped = offsets.clamp(-position.left, right) + position.left
-        return q, Scheme("relative", position.table.to(q.dtype)[clipped][None], q)
+        return Scheme("relative", position.table.to(q.dtype)[clipped][None])
     table = position.table[buckets_of(offsets, position.table.shape[0], position.max_distance)]
-    return q, Scheme("offset", table.t(), position.gate)
+    return Scheme("offset", table.t(), position.gate)
 
 
 def buckets_of(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:

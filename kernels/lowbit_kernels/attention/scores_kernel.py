@@ -61,6 +61,14 @@ def load_frames(ptr, offs_t, stride_t, length, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
+def add_features(tile, ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    # D numbers to each row, rounded as PyTorch rounds a sum of tensors of the tile's dtype
+    offs_d = tl.arange(0, BLOCK_D)
+    added = tl.load(ptr + offs_d, mask=offs_d < D, other=0.0).to(tile.dtype)
+    return (tile.to(tl.float32) + added.to(tl.float32)[None, :]).to(tile.dtype)
+
+
+@triton.jit
 def load_offsets(ptr, start, stride_o, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
                  COUNT: tl.constexpr):  # fmt: skip
     # the keys [COUNT, BLOCK_D] of offsets from start on, 0 where the table has none

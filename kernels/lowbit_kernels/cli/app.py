@@ -87,6 +87,9 @@ def quantize(
             "--deterministic", help="Layers give an utterance the same bits in any batch."
         ),
     ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Encoder layers run in a handful of fused ops.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at OUT.")] = False,
     json: Json = False,
@@ -96,7 +99,7 @@ def quantize(
         raise CommandError("OUT must be given, unless --dry-run is")
     from lowbit_kernels.cli.quantize import make_config, quantize_checkpoint
 
-    config = make_config(preset, bits, group_size, inputs, deterministic)
+    config = make_config(preset, bits, group_size, inputs, deterministic, fuse)
     target = None if dry_run else out
     report = quantize_checkpoint(source, target, config, method, force=force)
     saved = [Text.assemble("\nsaved in ", (str(target), "bold"))] if target else []

@@ -31,6 +31,7 @@ def make_config(
     group_size: str,
     inputs: str | None,
     deterministic: bool = False,
+    fuse: bool = False,
 ) -> QuantConfig:
     """A preset with the parts that the user names replaced.
 
@@ -40,6 +41,7 @@ def make_config(
         group_size: a number, ``"auto"``, ``"channel"`` or ``"tensor"``.
         inputs: ``"int8"`` or ``"float"``; ``None`` as the preset.
         deterministic: as in ``QuantSpec``.
+        fuse: as in ``QuantConfig``.
 
     Raises:
         CommandError: for a word that is none of these.
@@ -52,7 +54,8 @@ def make_config(
     base = _PRESETS[preset](bits).default
     kind = base.inputs if inputs is None else {"int8": "int8", "float": None}[inputs]
     size = _group_size(group_size)
-    return QuantConfig(QuantSpec(base.bits, size, inputs=kind, deterministic=deterministic))
+    spec = QuantSpec(base.bits, size, inputs=kind, deterministic=deterministic)
+    return QuantConfig(spec, fuse=fuse)
 
 
 def _group_size(text: str) -> GroupSize:

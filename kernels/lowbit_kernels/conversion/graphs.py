@@ -35,11 +35,7 @@ class GraphedModel(nn.Module):
             for held in (module._modules, module._parameters, module._buffers)
             for name in held
         ]
-        self._addresses = self._state()[0]
-        tensors = [*model.parameters(), *model.buffers()]
-        # a replay after a move must not read freed memory
-        self._storages = [t.untyped_storage() for t in tensors]
-        like = next(t for t in tensors if t.is_floating_point())
+        like = next(t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
         # largest first: the others fit into its inputs and into its memory pool
         ordered = sorted(sizes, key=lambda size: size[0] * size[1], reverse=True)
         waves = like.new_zeros(ordered[0][0] * ordered[0][1])
@@ -49,6 +45,10 @@ class GraphedModel(nn.Module):
             masked = mask[: B * T].view(B, T).zero_()
             masked[:, :MIN_SAMPLES] = 1  # padded, so that what is compiled here takes any mask
             self._captured[B, T] = self._bucket(waves[: B * T].view(B, T), masked)
+        # now: a first call joins the weights of fused layers
+        self._addresses = self._state()[0]
+        # a replay after a move must not read freed memory
+        self._storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
 
     def __getattr__(self, name: str) -> Any:
         try:
