@@ -169,8 +169,7 @@ def test_the_kinds_of_layers_are_drawn(tmp_path):
         done = run_case(shown, 0.0) | record.environment("cpu", 1, "python -m bench all")
         sizes.append(plot.draw(done, record.write(done, tmp_path).parents[1]).stat().st_size)
         table = report.case_tables("kinds", [done])
-        for column in ("| launches |", "error against float32 |\n| ---"):
-            assert (column in table) == (shown is case)
+        assert ("| launches |" in table) == (shown is case)
     assert sizes[0] > sizes[1]
 
 

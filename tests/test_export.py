@@ -28,6 +28,7 @@ MODELS = [
     ("wavlm", QuantConfig.fast, None),
     ("conformer-relative", QuantConfig.small, "lowbit"),
     ("sew", QuantConfig.fast, "sdpa"),
+    ("hubert", QuantConfig.fast, "fused"),
 ]
 
 
@@ -86,8 +87,8 @@ def quantized(name, config, attention=None):
     from tests.families.models import FAMILIES
 
     model = next(family for family in FAMILIES if family.name == name).build()
-    quantize(model, config())
-    if attention is not None:
+    quantize(model, config(), fuse=attention == "fused")
+    if attention not in (None, "fused"):
         model.set_attn_implementation(attention)
     return model
 
@@ -96,6 +97,8 @@ def quantized(name, config, attention=None):
 def test_models_are_exported_with_any_number_of_samples(name, config, attention):
     model = quantized(name, config, attention)
     program = export(model, **waves(2000))
+    # what is traced are the layers one by one
+    model = quantized(name, config, "lowbit" if attention == "fused" else attention)
     assert any("lowbit" in str(node.target) for node in program.graph.nodes)
     for T in (2000, 1390, 3100):
         inputs = waves(T)

@@ -107,6 +107,15 @@ def test_attention(kind, D):
     flash_attention_backward_triton(grad, q, k, v, out, lse, *options, kind is not None)
 
 
+def test_position_gate():
+    from lowbit_kernels.attention.gate_kernel import position_gate_triton
+
+    weight, bias, const = torch.randn(8, 12), torch.randn(8), torch.randn(3)
+    x = torch.randn(2, 37, 36, dtype=torch.float16)
+    position_gate_triton(x, weight, bias, const)
+    position_gate_triton(x.mT.contiguous().mT, weight, bias, const)
+
+
 def test_masked_group_norm():
     x, *rest = make_group_inputs(2, 6, 37, torch.float16, "cpu")
     for memory in (x, x.contiguous()):
@@ -126,6 +135,8 @@ def test_norm_quantize():
     x, lengths, scale, offset = x[None], torch.tensor([3]), torch.tensor(0.1), torch.randn(100)
     options = (None, EPS, False, lengths, "gelu", scale)
     *_, mean, rstd = norm_quantize_triton(x, weight, bias, *options, offset=offset)
+    plain = (None, EPS, True, None, None, None, True)
+    norm_quantize_triton(x, weight, bias, *plain, bias, weight, EPS)
     saved = (x, weight, bias, mean, rstd, lengths, "gelu")
     norm_quantize_backward_triton(grad[None], None, *saved)
 

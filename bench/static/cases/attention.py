@@ -36,6 +36,16 @@ PROBLEMS = [  # dtype, D, kind of the position scheme, whether there are dropout
     ("fp32", 128, "relative", True),
     ("fp32", 256, "relative", True),
 ]
+# of the forward without gradients: biases added to the queries, an int8 result
+INFERENCE = [
+    ("bf16", 64, None),
+    ("bf16", 64, "relative"),
+    ("fp16", 36, "relative"),
+    ("bf16", 128, "relative"),
+    ("bf16", 256, "relative"),
+    ("fp32", 64, "relative"),
+    ("fp32", 256, "relative"),
+]
 
 
 def is_served(kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool) -> bool:
@@ -47,7 +57,12 @@ def is_served(kernel: str, dtype: str, head_dim: int, kind: str | None, everythi
 
 def load_kernel(kernel: str) -> Callable[[], Any]:
     def load() -> Any:
-        from lowbit_kernels.attention import backward_kernel, forward_kernel, offsets_kernel
+        from lowbit_kernels.attention import (
+            backward_kernel,
+            forward_kernel,
+            gate_kernel,
+            offsets_kernel,
+        )
 
         return {
             "forward": forward_kernel._flash_attention_fwd_kernel,
@@ -55,6 +70,7 @@ def load_kernel(kernel: str) -> Callable[[], Any]:
             "backward_dq": backward_kernel._flash_attention_bwd_dq_kernel,
             "backward_dkdv": backward_kernel._flash_attention_bwd_dkdv_kernel,
             "offsets": offsets_kernel._flash_attention_bwd_offsets_kernel,
+            "position_gate": gate_kernel._position_gate_kernel,
         }[kernel]
 
     return load
@@ -65,8 +81,9 @@ def strides(names: str) -> dict[str, str]:
 
 
 def scores_case(
-    target: str, kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool
-) -> AotCase:
+    target: str, kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool,
+    inference: bool = False,
+) -> AotCase:  # fmt: skip
     config = default_config(
         kernel, head_dim, DTYPES[dtype], kind, everything, GPUS[target].program_shared_bytes
     )
@@ -81,9 +98,13 @@ def scores_case(
     else:
         constants |= {"seed_ptr": None, "window": None}
     names = {None: "", "dense": "table", "offset": "table rows", "relative": "table rows"}[kind]
-    for name in ("table", "rows"):
+    if inference and kind == "relative":
+        names = "table content position"
+    names += " out_scale" * inference
+    optional = ("content", "position", "out_scale") if kernel == "forward" else ()
+    for name in ("table", "rows", *optional):
         if name in names.split():
-            pointers[f"{name}_ptr"] = f"*{dtype}"
+            pointers[f"{name}_ptr"] = "*fp32" if name == "out_scale" else f"*{dtype}"
         else:
             constants[f"{name}_ptr"] = None
     gradients = {
@@ -92,7 +113,7 @@ def scores_case(
         "offsets": "dtable",
     }[kernel].split()  # fmt: skip
     if kernel == "forward":
-        pointers["out_ptr"] = f"*{dtype}"
+        pointers["out_ptr"] = "*i8" if inference else f"*{dtype}"
     else:
         pointers |= {"grad_ptr": f"*{dtype}", "delta_ptr": "*fp32"}
         head_strides |= strides("gb gh gt")
@@ -117,7 +138,7 @@ def scores_case(
     multiples = [name for name in head_strides if head_dim % 16 == 0 or "_o" not in name]
     if kind == "relative":
         multiples += strides("ab ah aq rb rh rt")
-    terms = (f"-{kind}" if kind else "") + "-everything" * everything
+    terms = (f"-{kind}" if kind else "") + "-everything" * everything + "-inference" * inference
     # sm_90's wgmma takes 64 rows a warp group; a band of offsets has as many as queries and keys
     rows = config.block_n if kernel == "backward_dkdv" else config.block_m
     rows *= 2 if kernel == "backward_dkdv" and kind == "relative" else 1
@@ -146,13 +167,36 @@ def delta_case() -> AotCase:
     )
 
 
+def gate_case(dtype: str, head_dim: int) -> AotCase:
+    """The gate of WavLM's position bias."""
+    from lowbit_kernels.attention.gate_kernel import tile_rows
+
+    block_d = 1 << (head_dim - 1).bit_length()
+    tensors = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "bias", "const")}
+    tensors |= {"out_ptr": "*fp32"}
+    return AotCase(
+        name=f"attention-position_gate-{dtype}-d{head_dim}",
+        kernel=load_kernel("position_gate"),
+        signature=tensors | {"M": "i32", "T": "i32", "H": "i32"} | strides("b t"),
+        constexprs={"D": head_dim, "BLOCK_M": tile_rows(block_d), "BLOCK_D": block_d},
+        aligned=(*tensors, *strides("b t")),
+        options={"num_warps": 4},
+    )
+
+
 CASES = [
     delta_case(),
+    *(gate_case(*problem) for problem in (("bf16", 64), ("bf16", 81), ("fp32", 256))),
     *(
         scores_case(target, kernel, *problem)
         for target in GPUS
         for kernel in KERNELS
         for problem in PROBLEMS
         if is_served(kernel, *problem)
+    ),
+    *(
+        scores_case(target, "forward", *problem, everything=False, inference=True)
+        for target in GPUS
+        for problem in INFERENCE
     ),
 ]

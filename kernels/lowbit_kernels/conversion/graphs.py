@@ -175,6 +175,7 @@ def capture_graphs(
 
 
 @torch.inference_mode(False)
+@torch.no_grad()
 def _capture_all(model: nn.Module, sizes: set[tuple[int, int]], capture: _Capture) -> GraphedModel:
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode for graph capture, got training mode")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowbit_kernels.attention import Position
 from lowbit_kernels.integrations.conformer import (
     MaskedConformerLayer,
     convolve_module,
@@ -106,14 +107,13 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
         x: Tensor,
         lengths: Tensor | None,
         parts: Parts,
-        relative_position_embeddings: Tensor | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> Tensor:
         attention, (first, second), norms, _others = parts
         rows = self._take(x)
         x = first.run(normalize(x, norms[0], operand(first.first)) if rows is None else rows, x)
         qkv = joined(self, attention.inputs)
-        position = self._position(relative_position_embeddings, x.dtype)
+        position = self._position(x, lengths, **kwargs)
         x = self._attend(normalize(x, norms[1], qkv), qkv, x, lengths, attention, position)
         conv = self.conv_module
         x = convolve_module(
@@ -129,13 +129,14 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
         following._hand(y, made)
         return y
 
-    def _position(self, embeddings: Tensor | None, dtype: Any) -> Any:
+    def _position(self, x: Tensor, lengths: Tensor | None, **kwargs: Any) -> Position:
         attention, shared = self.self_attn, self.__dict__.get("_positions")
+        embeddings = kwargs.get("relative_position_embeddings")
         if attention.position_embeddings_type == "relative_key" or embeddings is None:
-            return relative_keys(attention, dtype)
+            return relative_keys(attention, x.dtype)
         keys = None if shared is None else shared.of(self, embeddings)
         keys = attention.linear_pos(embeddings[0]) if keys is None else keys
-        return transformer_xl(attention, keys.to(dtype))
+        return transformer_xl(attention, keys.to(x.dtype))
 
 
 class FusedBertConformerLayer(FusedConformerLayer):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.attention import Position, flash_attention
+from lowbit_kernels.attention import Position, attend_int8, flash_attention
 from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.class_swap import Swapped
 from lowbit_kernels.modules import QLinear
@@ -97,6 +97,10 @@ class FusedLayer(Swapped):
         """Whether what this layer alone has, or is given, can be fused, too."""
         return True
 
+    def _position(self, x: Tensor, lengths: Tensor | None, **kwargs: Any) -> Position | None:
+        """The position scheme of the attention over x, before its norm."""
+        return None
+
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how its parts follow each other")
 
@@ -112,8 +116,16 @@ class FusedLayer(Swapped):
         """Attention over what ``qkv`` takes, added to the residual, [B, T, C]."""
         heads = linear(rows, qkv, residual.dtype)
         q, k, v = heads.view(*heads.shape[:2], 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
-        out = flash_attention(q, k, v, lengths=lengths, position=position).transpose(1, 2)
-        return linear(out.flatten(2), operand(attention.output), residual.dtype, residual=residual)
+        to = operand(attention.output)
+        if to.static is None:
+            out = flash_attention(q, k, v, lengths=lengths, position=position)
+        else:
+            scale = to.weight.input_scale
+            assert scale is not None, "a static weight has the scale of its input"
+            out = attend_int8(q, k, v, lengths=lengths, position=position, out_scale=scale)
+        rows = out.transpose(1, 2).flatten(2)
+        attended = rows if to.static is None else Int8Rows(rows, None)
+        return linear(attended, to, residual.dtype, residual=residual)
 
     def following(self) -> Any:
         """The layer behind this one that gets its result as it is, and may get more; or None."""
@@ -137,7 +149,8 @@ class PostNormLayer(FusedLayer):
         attention, (block,), (first_norm, second_norm) = parts[:3]
         qkv = joined(self, attention.inputs)
         rows = self._take(x)
-        h = self._attend(x if rows is None else rows, qkv, x, lengths, attention)
+        position = self._position(x, lengths, **kwargs)
+        h = self._attend(x if rows is None else rows, qkv, x, lengths, attention, position)
         y, rows = normalize_and_keep(h, first_norm, operand(block.first))
         h = block.run(y if rows is None else rows, y)
         # y, too, is what this op makes of it, whether somebody takes the rows or not
@@ -157,7 +170,8 @@ class PreNormLayer(FusedLayer):
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
         attention, (block,), (first_norm, second_norm) = parts[:3]
         qkv = joined(self, attention.inputs)
-        h = self._attend(normalize(x, first_norm, qkv), qkv, x, lengths, attention)
+        position = self._position(x, lengths, **kwargs)
+        h = self._attend(normalize(x, first_norm, qkv), qkv, x, lengths, attention, position)
         y = block.run(normalize(h, second_norm, operand(block.first)), h)
         adapter = self._modules.get("adapter_layer")
         return y if adapter is None else y + adapter(y)
@@ -174,7 +188,7 @@ class WhisperLayer(PreNormLayer):
         )
 
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
-        y = super()._fused(x, lengths, parts)
+        y = super()._fused(x, lengths, parts, **kwargs)
         if y.dtype == torch.float16:
             largest = torch.finfo(y.dtype).max - 1000
             y = y.clamp(-largest, largest)
