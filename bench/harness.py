@@ -105,7 +105,7 @@ def run_case(
         share = (end - started) / (len(points) - i)
         try:
             rows += _run_point(case, point, started + share, slow, roofline, watch or Watch())
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:  # transformers may not be there
             if device_lost(error):
                 raise
             broken[point.name] = str(error)[:500]

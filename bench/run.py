@@ -164,7 +164,7 @@ def compile_slice(
                 name: row["reason"] for name, row in rows.items()
                 if row["status"] in ("wrong", "failed")
             }  # fmt: skip
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             if device_lost(error):
                 raise
             wrong = {case.baseline: str(error)}

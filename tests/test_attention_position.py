@@ -366,12 +366,3 @@ KEYS, BIAS = torch.zeros(3, 9, 8), torch.zeros(3, 8)
 def test_wrong_positions_are_named(position, options, message):
     with pytest.raises(ValueError, match=message):
         flash_attention(X, X, X, position=position, **options)
-
-
-@pytest.mark.gpu
-def test_large_heads_in_fp32_have_no_gradient():
-    q = torch.randn(1, 2, 5, 72, device="cuda")
-    keys, bias = torch.randn(2, 9, 72, device="cuda"), torch.zeros(2, 72, device="cuda")
-    flash_attention(q, q, q, position=TransformerXL(keys, bias, bias))
-    with pytest.raises(NotImplementedError, match="served up to D = 64, got 72"):
-        flash_attention(q.requires_grad_(), q, q, position=TransformerXL(keys, bias, bias))

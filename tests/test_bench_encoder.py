@@ -10,7 +10,7 @@ from torch.utils._device import _device_constructors
 
 from bench import kernels, plot, record, report
 from bench.case import Provider
-from bench.cases import CASES, encoder_cuda
+from bench.cases import CASES, cold_start, encoder_cuda
 from bench.harness import run_case
 from lowbit_kernels.conversion.graphs import _capture_all
 from tests.bench_cases import constant, rows_of, toy_case
@@ -182,3 +182,20 @@ def test_a_profiler_sees_kernels_and_their_layers():
     from bench.timing import capture
 
     assert kernels.profiled(capture([lambda: x @ x] * 3))["launches"] == 3
+
+
+def test_without_transformers_no_encoder_has_a_result(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    case = encoder_cuda.ENCODER_CUDA
+    with pytest.raises(RuntimeError, match="every point is broken: .*transformers"):
+        run_case(replace(case, device="cpu", points=case.small), 0.0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert len(cold_start.measure("cpu")) == 4
+
+
+def test_a_stored_encoder_starts_in_a_fresh_process():
+    pytest.importorskip("transformers")
+    rows = cold_start.measure("cpu")
+    values = [row for row in rows if row["name"].startswith("wav2vec2-large") and "goal" in row]
+    assert len(values) == 2
+    assert all(row["value"] > 0 for row in values)

@@ -175,3 +175,23 @@ def test_outputs_and_inputs_have_no_gradient():
 def test_what_takes_no_waveforms_is_refused():
     with pytest.raises(ValueError, match="takes waveforms, got Linear"):
         capture_on_cpu(nn.Linear(2, 2).eval(), (800,), (1,))
+
+
+@pytest.mark.gpu
+def test_a_replay_on_a_gpu_is_what_the_model_gives():
+    model = Frames().eval().cuda()
+    graphed = capture_graphs(model, seconds=(0.05, 0.1), batch=(1, 3))
+    for B, T in ((1, 800), (1, 500), (2, 1234), (3, 1600)):
+        waves, mask = torch.randn(B, T, device="cuda"), torch.ones(B, T, device="cuda").long()
+        mask[0, T - 100 :] = 0
+        for _ in range(2):
+            with torch.no_grad():
+                wanted = model(waves, mask)
+            got = graphed(waves, mask)
+            assert torch.equal(got["frames"], wanted["frames"])
+            assert torch.equal(got["count"], wanted["count"])
+            with torch.no_grad():
+                model.scale.mul_(1.5)
+    model.cpu()
+    with pytest.raises(RuntimeError, match="a weight moved"):
+        graphed(waves, mask)

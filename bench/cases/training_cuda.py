@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.case import Case, Cost, Point, Prepared, Provider, Row
+from bench.cases.encoder_cuda import TINY
 from bench.shapes import SAMPLE_RATE, SECONDS
 from lowbit_kernels import QuantConfig, QuantSpec, quantize
 from lowbit_kernels.conversion.qat import prepare_qat
@@ -31,12 +32,6 @@ MASK_PROBABILITY, MASK_FRAMES = 0.08, 10
 RANK, LORA_SCALE = 16, 2.0
 # the loss of a random model is near log(504) whatever the weights are rounded to
 LOSS_ERROR = 0.05
-TINY: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-    "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 4),
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
-    "conv_depthwise_kernel_size": 7,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,7 @@ FAMILIES = [
         ),
     ),
     Family("wavlm", of(WavLMConfig, WavLMForCTC, WAVEFORM, num_buckets=16)),
+    Family("wavlm-stable", of(WavLMConfig, WavLMForCTC, WAVEFORM, num_buckets=16, **_LAYER_NORM)),
     Family("unispeech", of(UniSpeechConfig, UniSpeechForCTC, WAVEFORM)),
     Family("unispeech-sat", of(UniSpeechSatConfig, UniSpeechSatForCTC, WAVEFORM)),
     Family("sew", of(SEWConfig, SEWForCTC, WAVEFORM)),

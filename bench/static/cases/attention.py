@@ -44,6 +44,7 @@ INFERENCE = [
     ("bf16", 128, "relative"),
     ("bf16", 256, "relative"),
     ("fp32", 64, "relative"),
+    ("fp32", 128, "relative"),
     ("fp32", 256, "relative"),
 ]
 

@@ -1,5 +1,6 @@
 """Bidirectional self-attention with key lengths, a local window and position schemes."""
 
+from lowbit_kernels.attention.dispatch import Backend, backend_of
 from lowbit_kernels.attention.op import attend_int8, flash_attention
 from lowbit_kernels.attention.position import (
     BucketedBias,
@@ -11,12 +12,14 @@ from lowbit_kernels.attention.position import (
 from lowbit_kernels.attention.reference import flash_attention_reference
 
 __all__ = [
+    "Backend",
     "BucketedBias",
     "DenseBias",
     "Position",
     "RelativeKey",
     "TransformerXL",
     "attend_int8",
+    "backend_of",
     "flash_attention",
     "flash_attention_reference",
 ]

@@ -8,12 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM
 from lowbit_kernels.attention.position import (
     BucketedBias,
     DenseBias,
     Position,
     RelativeKey,
+    Scheme,
     TransformerXL,
 )
 from lowbit_kernels.checks import check_dtype, check_lengths
@@ -70,14 +70,14 @@ def check_options(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def check_position(q: Tensor, position: Position | None, window: int | None) -> None:
+def check_position(q: Tensor, position: Position | Scheme | None, window: int | None) -> None:
     """Refuse a position scheme whose tensors do not fit q.
 
     Raises:
         ValueError: naming the argument, the rule and what was received.
     """
     (B, H, T, D), name = q.shape, type(position).__name__
-    if position is None:
+    if position is None or isinstance(position, Scheme):
         return
     if isinstance(position, DenseBias):
         _check_dense(q, position.bias)
@@ -114,28 +114,6 @@ def check_position(q: Tensor, position: Position | None, window: int | None) -> 
         raise ValueError(
             "position must be None, DenseBias, BucketedBias, RelativeKey or TransformerXL, "
             f"got {name}"
-        )
-
-
-def needs_gradient(q: Tensor, k: Tensor, v: Tensor, position: Position | None) -> bool:
-    """Whether a result of these has a gradient."""
-    values = () if position is None else vars(position).values()
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, *values)
-    )
-
-
-def check_offsets_gradient(q: Tensor) -> None:
-    """Refuse what the kernels of the backward with a table of offsets do not serve.
-
-    Raises:
-        NotImplementedError: naming what is served.
-    """
-    D = q.shape[-1]
-    if q.is_cuda and q.dtype == torch.float32 and D > MAX_FP32_HEAD_DIM:
-        raise NotImplementedError(
-            f"in fp32 on CUDA, gradients with a table of offsets are served up to D = "
-            f"{MAX_FP32_HEAD_DIM}, got {D}: use autocast, 16 bits or a DenseBias"
         )
 
 

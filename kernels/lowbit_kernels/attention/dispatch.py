@@ -1,17 +1,35 @@
-"""Which backend serves an attention call: a pure function, and the call of the optional one.
+"""Which backend serves an attention call and why, and the call of the optional one.
+
+PyTorch's scaled_dot_product_attention is none of them on a GPU: it serves nothing that the kernels
+here do not, with a position's bias materialized at worst.
 
 Dimension key: B batch, H heads, T frames, D head dimension.
 """
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpu", "triton", "flash_attn")
+from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM
+from lowbit_kernels.attention.position import DenseBias, Position, Scheme
 
 # looked up, not imported
 FLASH_ATTN_INSTALLED = find_spec("flash_attn") is not None
+
+
+class Backend(NamedTuple):
+    """What serves a call.
+
+    Attributes:
+        name: ``"cpu"``; ``"triton"``; ``"triton_dense"``, the same with the position as a bias
+            [B, H, T, T]; or ``"flash_attn"``.
+        reason: why, for people.
+    """
+
+    name: str
+    reason: str
 
 
 def choose_backend(
@@ -21,30 +39,86 @@ def choose_backend(
     *,
     has_lengths: bool,
     has_position: bool,
+    has_offsets: bool,
+    trains: bool,
     capturing: bool,
     installed: bool,
-) -> str:
+) -> Backend:
     """The backend of one call.
-
-    flash-attn serves what it can: 16 bits, D a multiple of 8, no lengths, no position, and not
-    while a graph is captured or compiled.
 
     Args:
         device_type: of the tensors.
         dtype: of q, k and v.
         head_dim: D.
-        has_lengths, has_position: whether the call has them.
+        has_lengths: whether the call has them.
+        has_position: whether it has a position.
+        has_offsets: whether that is a table of offsets, not a ``DenseBias``.
+        trains: whether the result has a gradient.
         capturing: whether a CUDA graph is captured or a graph is compiled around the call.
         installed: whether flash-attn is.
-
-    Returns:
-        ``"cpu"``, ``"triton"`` or ``"flash_attn"``.
     """
     if device_type != "cuda":
-        return "cpu"
-    able = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0
-    plain = not (has_lengths or has_position or capturing)
-    return "flash_attn" if installed and able and plain else "triton"
+        return Backend("cpu", f"q is on device {device_type!r}")
+    if trains and has_offsets and dtype == torch.float32 and head_dim > MAX_FP32_HEAD_DIM:
+        return Backend(
+            "triton_dense",
+            f"gradients of offsets in fp32 fit the registers up to D = {MAX_FP32_HEAD_DIM}: the "
+            "position is materialized, in memory that grows with the square of T",
+        )
+    obstacles = {
+        "is not installed": not installed,
+        "takes 16 bits": dtype not in (torch.float16, torch.bfloat16),
+        "takes D in multiples of 8": head_dim % 8 != 0,
+        "takes no lengths": has_lengths,
+        "takes no position": has_position,
+        "is not called while a graph is captured or compiled": capturing,
+    }
+    reasons = [reason for reason, applies in obstacles.items() if applies]
+    if reasons:
+        return Backend("triton", "flash-attn " + ", ".join(reasons))
+    return Backend("flash_attn", "flash-attn is installed and able")
+
+
+def needs_gradient(position: Position | Scheme | None, *heads: Tensor) -> bool:
+    """Whether a result of these has a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    biases = position.biases or () if isinstance(position, Scheme) else ()
+    values = () if position is None else vars(position).values()
+    return any(isinstance(x, Tensor) and x.requires_grad for x in (*heads, *values, *biases))
+
+
+def backend_of(
+    q: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    position: Position | Scheme | None = None,
+    trains: bool | None = None,
+) -> Backend:
+    """Say what serves ``flash_attention`` of such inputs, and why: ``print(backend_of(q))``.
+
+    Args:
+        q: [B, H, T, D]; k and v are like it.
+        lengths: as in ``flash_attention``.
+        position: as in ``flash_attention``.
+        trains: whether the result has a gradient. None: where q or the position needs one.
+    """
+    kind = position.kind if isinstance(position, Scheme) else type(position)
+    device, dtype = q.device.type, q.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return choose_backend(
+        device,
+        dtype,
+        q.shape[-1],
+        has_lengths=lengths is not None,
+        has_position=position is not None,
+        has_offsets=kind not in ("dense", DenseBias, type(None)),
+        trains=needs_gradient(position, q) if trains is None else trains,
+        capturing=torch.compiler.is_compiling()
+        or (q.is_cuda and torch.cuda.is_current_stream_capturing()),
+        installed=FLASH_ATTN_INSTALLED,
+    )
 
 
 def flash_attn_backend(

@@ -8,18 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_kernels.attention.checks import (
-    check_heads,
-    check_offsets_gradient,
-    check_options,
-    check_position,
-    needs_gradient,
-)
-from lowbit_kernels.attention.dispatch import (
-    FLASH_ATTN_INSTALLED,
-    choose_backend,
-    flash_attn_backend,
-)
+from lowbit_kernels.attention.checks import check_heads, check_options, check_position
+from lowbit_kernels.attention.dispatch import backend_of, flash_attn_backend, needs_gradient
 from lowbit_kernels.attention.position import Position, Scheme, resolve
 from lowbit_kernels.attention.reference import (
     attention_mask,
@@ -257,10 +247,6 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor
 torch.library.register_autograd("lowbit::flash_attention", _backward, setup_context=_setup_context)
 
 
-def _is_capturing(q: Tensor) -> bool:
-    return q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -268,7 +254,7 @@ def flash_attention(
     *,
     lengths: Tensor | None = None,
     window: int | None = None,
-    position: Position | None = None,
+    position: Position | Scheme | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -277,7 +263,7 @@ def flash_attention(
     Equivalent to ``F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)``
     with an ``attn_mask`` that holds the bias, and -inf for keys beyond ``lengths`` or ``window``.
     A query with nothing to attend to, as those of padding frames, gives 0 and has gradient 0.
-    On CUDA the optional package flash-attn serves the calls that ``dispatch.choose_backend`` names.
+    ``lowbit_kernels.attention.backend_of`` says which backend serves a call, and why.
 
     Args:
         q: [B, H, T, D], fp16, bf16 or fp32 (fp64 on a CPU), D at most 256. Any strides. Under
@@ -289,7 +275,8 @@ def flash_attention(
         window: frames that a query sees on each side of itself. None: all of them.
         position: what is added to the scores: None, or a ``DenseBias``, ``BucketedBias``,
             ``RelativeKey`` or ``TransformerXL``. On a GPU only a ``DenseBias`` and its gradient
-            take memory that grows with the square of T; on a CPU each of them does.
+            take memory that grows with the square of T, and gradients of the others in fp32 with
+            D above 64; on a CPU each of them does.
         scale: multiplies q @ k, above 0. None: 1 / sqrt(D).
         dropout_p: the probability to drop an attention weight, in [0, 1). The mask is drawn from
             PyTorch's generator of q's device, anew at every replay of a CUDA graph.
@@ -299,7 +286,6 @@ def flash_attention(
 
     Raises:
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
-        NotImplementedError: on CUDA in fp32, for gradients of D above 64 with a table of offsets.
     """
     return _attend(q, k, v, lengths, window, position, scale, dropout_p)
 
@@ -312,12 +298,13 @@ def attend_int8(
     *,
     lengths: Tensor | None = None,
     window: int | None = None,
-    position: Position | None = None,
+    position: Position | Scheme | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attend, and quantize the result for a linear layer with static int8 inputs.
 
-    Equal, bit by bit, to what such a layer makes of ``flash_attention``'s result; in one launch.
+    Equal, bit by bit, to what such a layer makes of ``flash_attention``'s result; in one launch,
+    always of the kernels here.
 
     Args:
         q: [B, H, T, D], and the others, as ``flash_attention`` takes them.
@@ -343,7 +330,7 @@ def attend_int8(
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None,
-    position: Position | None, scale: float | None, dropout_p: float,
+    position: Position | Scheme | None, scale: float | None, dropout_p: float,
     out_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check_heads(q, k, v)
@@ -352,25 +339,18 @@ def _attend(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scheme = resolve(q, position, window)
-    trains = needs_gradient(q, k, v, position)
+    trains = needs_gradient(position, q, k, v)
+    backend = backend_of(q, lengths=lengths, position=position, trains=trains)
     if trains and out_scale is not None:
         raise ValueError("out_scale: an int8 result has no gradient, which an input needs here")
-    if trains and scheme is not None:
-        if scheme.kind != "dense":
-            check_offsets_gradient(q)
-        q, scheme = scheme.with_rows(q)
-    backend = choose_backend(
-        q.device.type,
-        q.dtype,
-        q.shape[-1],
-        has_lengths=lengths is not None,
-        has_position=scheme is not None,
-        capturing=torch.compiler.is_compiling() or _is_capturing(q),
-        installed=FLASH_ATTN_INSTALLED and out_scale is None,
-    )
-    if backend == "flash_attn":
+    if backend.name == "flash_attn" and out_scale is None:
         return flash_attn_backend(q, k, v, window, scale, dropout_p)
+    scheme = resolve(q, position, window)
+    if trains and scheme is not None:
+        q, scheme = scheme.with_rows(q)
+        if backend.name == "triton_dense":
+            T, D = q.shape[2:]
+            scheme = Scheme("dense", scheme.scores(T, D**-0.5 if scale is None else scale))
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     out: Tensor
     of_scheme = (None,) * 3 if scheme is None else (scheme.kind, scheme.table, scheme.rows)

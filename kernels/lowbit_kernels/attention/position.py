@@ -165,10 +165,10 @@ def _by_key(per_offset: Tensor) -> Tensor:
     return per_offset.as_strided((B, H, T, T), strides, per_offset.storage_offset() + T - 1)
 
 
-def resolve(q: Tensor, position: Position | None, window: int | None) -> Scheme | None:
+def resolve(q: Tensor, position: Position | Scheme | None, window: int | None) -> Scheme | None:
     """The scheme for queries [B, H, T, D]; shapes have been checked."""
-    if position is None:
-        return None
+    if position is None or isinstance(position, Scheme):
+        return position
     if isinstance(position, DenseBias):
         bias = position.bias
         return Scheme("dense", bias[(None,) * (4 - bias.dim())])
@@ -176,13 +176,19 @@ def resolve(q: Tensor, position: Position | None, window: int | None) -> Scheme 
         biases = position.content_bias, position.position_bias
         return Scheme("relative", position.keys.to(q.dtype), biases=biases)
     largest = max(0, q.shape[2] - 1 if window is None else min(window, q.shape[2] - 1))
-    offsets = torch.arange(-largest, largest + 1, device=q.device)
     if isinstance(position, RelativeKey):
+        offsets = torch.arange(-largest, largest + 1, device=q.device)
         right = position.table.shape[0] - 1 - position.left
         clipped = offsets.clamp(-position.left, right) + position.left
         return Scheme("relative", position.table.to(q.dtype)[clipped][None])
-    table = position.table[buckets_of(offsets, position.table.shape[0], position.max_distance)]
-    return Scheme("offset", table.t(), position.gate)
+    return Scheme("offset", resolve_bias(position, largest), position.gate)
+
+
+def resolve_bias(position: BucketedBias, largest: int) -> Tensor:
+    """The biases [H, 2 R + 1] of the offsets from -R to R, R being ``largest``."""
+    table = position.table
+    offsets = torch.arange(-largest, largest + 1, device=table.device)
+    return table[buckets_of(offsets, table.shape[0], position.max_distance)].t()
 
 
 def buckets_of(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:

@@ -113,7 +113,7 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
         rows = self._take(x)
         x = first.run(normalize(x, norms[0], operand(first.first)) if rows is None else rows, x)
         qkv = joined(self, attention.inputs)
-        position = self._position(x, lengths, **kwargs)
+        position = self._position(x, **kwargs)
         x = self._attend(normalize(x, norms[1], qkv), qkv, x, lengths, attention, position)
         conv = self.conv_module
         x = convolve_module(
@@ -129,7 +129,7 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
         following._hand(y, made)
         return y
 
-    def _position(self, x: Tensor, lengths: Tensor | None, **kwargs: Any) -> Position:
+    def _position(self, x: Tensor, **kwargs: Any) -> Position:
         attention, shared = self.self_attn, self.__dict__.get("_positions")
         embeddings = kwargs.get("relative_position_embeddings")
         if attention.position_embeddings_type == "relative_key" or embeddings is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.attention import Position, attend_int8, flash_attention
+from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.class_swap import Swapped
 from lowbit_kernels.modules import QLinear
@@ -67,6 +68,8 @@ class FusedLayer(Swapped):
 
     # q, k and v as one weight; the layer behind this one; what the one before has made for it
     _scratch: tuple[str, ...] = ("_joined", "_next", "_handed")
+    # whether the position scheme depends on what the attention reads
+    _is_gated = False
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -77,10 +80,7 @@ class FusedLayer(Swapped):
         if not served or not self._fits(**kwargs):
             self.__dict__.pop("_handed", None)
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
-        # loaded already, where a model has this attention; transformers need not be there
-        from lowbit_kernels.integrations.huggingface_attention import lengths_of
-
-        lengths = None if attention_mask is None else lengths_of(attention_mask)
+        lengths = self._lengths(attention_mask, **kwargs)
         return self._fused(hidden_states, lengths, parts, **kwargs)
 
     def _parts(self) -> Parts:
@@ -97,8 +97,19 @@ class FusedLayer(Swapped):
         """Whether what this layer alone has, or is given, can be fused, too."""
         return True
 
-    def _position(self, x: Tensor, lengths: Tensor | None, **kwargs: Any) -> Position | None:
-        """The position scheme of the attention over x, before its norm."""
+    def _uses_our_attention(self) -> bool:
+        config = getattr(self._parts().attention.module, "config", None)
+        return getattr(config, "_attn_implementation", None) == "lowbit"
+
+    def _lengths(self, mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Valid frames [B]."""
+        # loaded already, where a model has this attention; transformers need not be there
+        from lowbit_kernels.integrations.huggingface_attention import lengths_of
+
+        return None if mask is None else lengths_of(mask)
+
+    def _position(self, x: Tensor, **_: Any) -> Position | Scheme | None:
+        """The position scheme of the attention over x [B, T, C], what its layers read."""
         return None
 
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
@@ -111,7 +122,7 @@ class FusedLayer(Swapped):
         residual: Tensor,
         lengths: Tensor | None,
         attention: Attention,
-        position: Position | None = None,
+        position: Position | Scheme | None = None,
     ) -> Tensor:
         """Attention over what ``qkv`` takes, added to the residual, [B, T, C]."""
         heads = linear(rows, qkv, residual.dtype)
@@ -130,7 +141,7 @@ class FusedLayer(Swapped):
     def following(self) -> Any:
         """The layer behind this one that gets its result as it is, and may get more; or None."""
         following = self.__dict__.get("_next", lambda: None)()
-        return None if following is None or _has_hooks(self) or _has_hooks(following) else following
+        return None if following is None or has_hooks(self) or has_hooks(following) else following
 
     def _hand(self, y: Tensor, made: Tensor | Int8Rows) -> None:
         """Leave what the layer before has made of its result y for this one's first matmul."""
@@ -149,7 +160,7 @@ class PostNormLayer(FusedLayer):
         attention, (block,), (first_norm, second_norm) = parts[:3]
         qkv = joined(self, attention.inputs)
         rows = self._take(x)
-        position = self._position(x, lengths, **kwargs)
+        position = self._position(x, **kwargs)
         h = self._attend(x if rows is None else rows, qkv, x, lengths, attention, position)
         y, rows = normalize_and_keep(h, first_norm, operand(block.first))
         h = block.run(y if rows is None else rows, y)
@@ -170,8 +181,12 @@ class PreNormLayer(FusedLayer):
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
         attention, (block,), (first_norm, second_norm) = parts[:3]
         qkv = joined(self, attention.inputs)
-        position = self._position(x, lengths, **kwargs)
-        h = self._attend(normalize(x, first_norm, qkv), qkv, x, lengths, attention, position)
+        if self._is_gated:
+            y, made = normalize_and_keep(x, first_norm, qkv)
+            rows = y if made is None else made
+        else:
+            y, rows = x, normalize(x, first_norm, qkv)
+        h = self._attend(rows, qkv, x, lengths, attention, self._position(y, **kwargs))
         y = block.run(normalize(h, second_norm, operand(block.first)), h)
         adapter = self._modules.get("adapter_layer")
         return y if adapter is None else y + adapter(y)
@@ -215,9 +230,8 @@ def _is_served(
     if torch.is_autocast_enabled(x.device.type) or kwargs.get("output_attentions"):
         return False
     attention, blocks, norms, others = parts
-    config = getattr(attention.module, "config", None)
     is_padding_mask = mask is None or (mask.dim() == 2 and not mask.is_floating_point())
-    if getattr(config, "_attn_implementation", None) != "lowbit" or not is_padding_mask:
+    if not layer._uses_our_attention() or not is_padding_mask:
         return False
     linears = (attention.output, *(each for b in blocks for each in (b.first, b.second)))
     activations = [b.activation for b in blocks if isinstance(b.activation, nn.Module)]
@@ -227,11 +241,11 @@ def _is_served(
         and all(type(module) is QLinear for module in linears)
         and all(is_affine(norm) for norm in norms)
         and all(epilogue_of(block.activation) is not None for block in blocks)
-        and not any(_has_hooks(module) for module in called)
+        and not any(has_hooks(module) for module in called)
     )
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
     """Whether somebody watches or changes a module, but for transformers, which records outputs."""
     if "forward" in module.__dict__ or module._forward_pre_hooks:
         return True

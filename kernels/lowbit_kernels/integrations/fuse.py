@@ -18,12 +18,15 @@ from lowbit_kernels.integrations.encoder_layers import (
     PreNormLayer,
     WhisperLayer,
 )
+from lowbit_kernels.integrations.wavlm_layers import FusedWavLMLayer, FusedWavLMStableLayer
 
 _FAMILIES = ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "Data2VecAudio", "SEW")
 _MIXINS: dict[str, type[FusedLayer]] = {
     **{f"{family}EncoderLayer": PostNormLayer for family in _FAMILIES},
     **{f"{family}EncoderLayerStableLayerNorm": PreNormLayer for family in _FAMILIES},
     "WhisperEncoderLayer": WhisperLayer,
+    "WavLMEncoderLayer": FusedWavLMLayer,
+    "WavLMEncoderLayerStableLayerNorm": FusedWavLMStableLayer,
     "Wav2Vec2ConformerEncoderLayer": FusedConformerLayer,
     "Wav2Vec2BertEncoderLayer": FusedBertConformerLayer,
 }

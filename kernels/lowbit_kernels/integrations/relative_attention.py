@@ -57,7 +57,7 @@ def relative_keys(attention: Any, dtype: torch.dtype) -> RelativeKey:
 
 def transformer_xl(attention: Any, keys: Tensor) -> TransformerXL:
     """That of wav2vec2-conformer, from the projected positions [2 T - 1, C]."""
-    keys = keys.unflatten(-1, (-1, attention.head_size)).transpose(0, 1)
+    keys = keys.view(keys.shape[0], -1, attention.head_size).transpose(0, 1)
     return TransformerXL(keys, attention.pos_bias_u, attention.pos_bias_v)
 
 

@@ -3,12 +3,20 @@
 Dimension key: B batch, H heads, T frames, D head dimension, C = H * D.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lowbit_kernels.attention import BucketedBias, flash_attention
 from lowbit_kernels.integrations.class_swap import Swapped
+
+
+class SharedBias(NamedTuple):
+    """What the first fused layer hands on: its table, the biases of all offsets, the lengths."""
+
+    table: Tensor
+    bias: Tensor
+    lengths: Tensor | None
 
 
 class FusedWavLMAttention(Swapped):
@@ -22,7 +30,7 @@ class FusedWavLMAttention(Swapped):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: Tensor | SharedBias | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, None, Tensor]:
@@ -38,6 +46,8 @@ class FusedWavLMAttention(Swapped):
         Returns:
             [B, T, C], None in place of the attention weights, and the table of biases.
         """
+        if isinstance(position_bias, SharedBias):
+            position_bias = position_bias.table
         table = self.rel_attn_embed.weight if position_bias is None else position_bias
         heads, q, k, v = (
             x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
