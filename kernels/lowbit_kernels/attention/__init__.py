@@ -1,5 +1,6 @@
 """Bidirectional self-attention with key lengths, a local window and position schemes."""
 
+from lowbit_kernels.attention.blocks import block_attention
 from lowbit_kernels.attention.dispatch import Backend, backend_of
 from lowbit_kernels.attention.op import attend_int8, flash_attention
 from lowbit_kernels.attention.position import (
@@ -20,6 +21,7 @@ __all__ = [
     "TransformerXL",
     "attend_int8",
     "backend_of",
+    "block_attention",
     "flash_attention",
     "flash_attention_reference",
 ]
