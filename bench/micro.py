@@ -19,7 +19,6 @@ from bench.errors import float_error, int8_input_error
 from lowbit_kernels import QConv1d, QLinear, QuantSpec, flash_attention
 from lowbit_kernels.fake_quant import Levels, Quantizer, fake_quantize, initial_scale
 from lowbit_kernels.norm import (
-    activation_quantize,
     masked_batch_norm,
     masked_group_norm,
     norm_activation,
@@ -142,12 +141,6 @@ def group_norm(sizes: Sizes, ours: bool) -> Member:
     )  # fmt: skip
 
 
-def _through_int8(y: Tensor) -> Tensor:
-    """Rows rounded to int8 and back, the gradient passed straight through."""
-    scale = y.detach().abs().amax(-1, keepdim=True) / 127
-    return y + ((y / scale).round() * scale - y).detach()
-
-
 def layer_norm_int8(sizes: Sizes, ours: bool) -> Member:
     """Residual and LayerNorm, and the rows as int8 for the next layer."""
     x, K = _input(*sizes), sizes[1]
@@ -165,19 +158,6 @@ def layer_norm_int8(sizes: Sizes, ours: bool) -> Member:
         return norm_quantize(x, weight, bias, residual=residual, return_normalized=True)[3]
 
     # a value at half a step may fall to either side
-    return Member(x, fused if ours else lambda: eager(x), eager, 0.03)
-
-
-def gelu_int8(sizes: Sizes, ours: bool) -> Member:
-    """GELU, int8 and back."""
-    x = _input(*sizes)
-
-    def fused() -> Tensor:
-        return activation_quantize(x, "gelu", return_dequantized=True)[2]
-
-    def eager(x: Tensor) -> Tensor:
-        return _through_int8(F.gelu(x))
-
     return Member(x, fused if ours else lambda: eager(x), eager, 0.03)
 
 
@@ -272,7 +252,6 @@ def _ops() -> dict[str, tuple[tuple[Sizes, ...], dict[str, Make]]]:
         ("masked_batch_norm", CONV, batch_norm_silu),
         ("norm_quantize", ROWS, layer_norm_int8),
         ("norm_activation", ROWS, layer_norm_gelu),
-        ("activation_quantize", ROWS, gelu_int8),
         ("fake_quantize", ROWS, lsq),
     ):
         pair = ("pytorch", False), ("lowbit", True)

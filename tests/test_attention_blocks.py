@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from lowbit_kernels.attention import (
     BucketedBias,
@@ -26,7 +27,7 @@ SHAPES = [  # T, block, lengths
     pytest.param(11, 4, None, id="ragged"),
     pytest.param(12, 4, (12, 7), id="lengths"),
     pytest.param(13, 5, (0, 99), id="ragged-lengths"),
-    pytest.param(5, 8, (5, 2), id="one-short-block"),
+    pytest.param(21, 24, (21, 2), id="one-short-block"),
     pytest.param(6, 1, (6, 3), id="one-frame-each"),
     pytest.param(999, 50, (999, 501), id="20s", marks=pytest.mark.gpu),
 ]
@@ -121,6 +122,15 @@ def test_empty_batches_work(shape, device):
     out = block_attention(q, q, q, block=2, lengths=lengths)
     out.sum().backward()
     assert out.shape == q.grad.shape == shape
+
+
+def test_compiles_to_one_graph_for_three_lengths(device):
+    counter = CompileCounter()
+    compiled = torch.compile(block_attention, fullgraph=True, dynamic=True, backend=counter)
+    for T in (9, 10, 13):
+        q, k, v, _ = make_inputs(B, H, T, D, torch.float32, device)
+        assert torch.equal(compiled(q, k, v, block=4), block_attention(q, k, v, block=4))
+    assert counter.frame_count == 1
 
 
 X = torch.zeros(2, 3, 5, 8)

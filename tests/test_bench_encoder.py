@@ -187,7 +187,7 @@ def test_a_profiler_sees_kernels_and_their_layers():
 def test_without_transformers_no_encoder_has_a_result(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     case = encoder_cuda.ENCODER_CUDA
-    with pytest.raises(RuntimeError, match="every point is broken: .*transformers"):
+    with pytest.raises(RuntimeError, match=r"every point is broken: .*transformers"):
         run_case(replace(case, device="cpu", points=case.small), 0.0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert len(cold_start.measure("cpu")) == 4

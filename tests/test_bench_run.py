@@ -281,7 +281,7 @@ def test_the_microbenchmarks_cover_every_op_in_both_directions_at_three_sizes():
     ops = {op.partition("-")[0] for op, *_ in IDS}
     assert ops == {
         "linear", "conv1d", "flash_attention", "masked_group_norm", "masked_batch_norm",
-        "norm_quantize", "norm_activation", "activation_quantize", "fake_quantize",
+        "norm_quantize", "norm_activation", "fake_quantize",
     }  # fmt: skip
     groups = {}
     for op, direction, size, provider in IDS:

@@ -141,19 +141,6 @@ def test_norm_quantize():
     norm_quantize_backward_triton(grad[None], None, *saved)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "glu"])
-def test_activation_quantize(activation):
-    from lowbit_kernels.norm.activation_quantize_kernel import (
-        activation_quantize_backward_triton,
-        activation_quantize_triton,
-    )
-
-    x = torch.randn(5, 600, dtype=torch.float16)
-    y, _, _ = activation_quantize_triton(x, activation, torch.tensor(0.1), True)
-    activation_quantize_triton(x, activation, None, False)
-    activation_quantize_backward_triton(y, x, activation)
-
-
 @triton.jit
 def _faulty_kernel(x_ptr, y_ptr, N, FAULT: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

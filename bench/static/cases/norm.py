@@ -29,12 +29,6 @@ def norm_quantize_kernel(name: str) -> Any:
     return getattr(norm_quantize_kernel, f"_norm_quantize_{name}_kernel")
 
 
-def activation_quantize_kernel() -> Any:
-    from lowbit_kernels.norm.activation_quantize_kernel import _activation_quantize_kernel
-
-    return _activation_quantize_kernel
-
-
 def channel_case(name: str, dtype: str, channel_last: bool, activation: str | None) -> AotCase:
     """A pass over [B, C, T] of masked_group_norm or masked_batch_norm."""
     statistics = pointers("mean rstd", "fp32")
@@ -138,24 +132,6 @@ def norm_quantize_case(
     )
 
 
-def activation_quantize_case(activation: str, dtype: str, N: int, training: bool) -> AotCase:
-    tensors = pointers("x", dtype) | {"q_ptr": "*i8", "scale_ptr": "*fp32"}
-    tensors |= pointers("y", dtype) if training else {}
-    strides = integers("stride_xm stride_qm")
-    block_m, block_n, num_warps = row_tiles(N)
-    return AotCase(
-        name=f"norm-activation_quantize-{activation}{'-y' * training}-{dtype}-n{N}",
-        kernel=activation_quantize_kernel,
-        signature=tensors | integers("M") | strides,
-        constexprs={
-            "static_scale_ptr": None, "N": N, "ACTIVATION": activation, "TO_HALF": dtype != "fp32",
-            "BLOCK_M": block_m, "BLOCK_N": block_n,
-        } | ({} if training else {"y_ptr": None}),
-        aligned=(*tensors, *strides),
-        options={"num_warps": num_warps},
-    )  # fmt: skip
-
-
 PASSES = ("statistics", "normalize", "sums", "dx")
 CHANNEL_CASES = [
     *((name, "bf16", True, "gelu") for name in PASSES),
@@ -174,7 +150,4 @@ CASES = [
     *(norm_quantize_case("fwd", "bf16", 1024, None, out, True) for out in ("int8", "y")),
     *(norm_quantize_case("fwd", dtype, MAX_FEATURES, first=True) for dtype in ("bf16", "fp32")),
     *(norm_quantize_case(name, "fp32", N) for name in ("fwd", "bwd") for N in (1024, MAX_FEATURES)),
-    *(activation_quantize_case("gelu", "bf16", N, training=False) for N in FEATURES),
-    *(activation_quantize_case("gelu", "fp32", N, training=True) for N in (1024, MAX_FEATURES)),
-    *(activation_quantize_case(a, "bf16", 3072, False) for a in ("gelu_tanh", "silu", "glu")),
 ]

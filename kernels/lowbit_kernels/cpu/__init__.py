@@ -6,7 +6,6 @@ from lowbit_kernels.cpu.front_end import FrontEndLayer, Norm, front_end_cpu
 from lowbit_kernels.cpu.library import cpu_backend
 from lowbit_kernels.cpu.linear import linear_cpu
 from lowbit_kernels.cpu.norm import (
-    activation_quantize_cpu,
     group_norm_backward_cpu,
     group_norm_cpu,
     norm_quantize_cpu,
@@ -16,7 +15,6 @@ from lowbit_kernels.cpu.resident import resident_bytes
 __all__ = [
     "FrontEndLayer",
     "Norm",
-    "activation_quantize_cpu",
     "attention_backward_cpu",
     "attention_cpu",
     "conv1d_cpu",

@@ -108,12 +108,6 @@ class NormQuantize(ctypes.Structure):
     _fields_ = _fields("norm.h", "NormQuantize")
 
 
-class ActivationQuantize(ctypes.Structure):
-    """``struct ActivationQuantize`` of csrc/norm.h."""
-
-    _fields_ = _fields("norm.h", "ActivationQuantize")
-
-
 def _argument(declaration: str) -> Any:
     """The ctypes type of an argument in csrc: a number, or a pointer to numbers or a struct."""
     kind, star, _ = declaration.partition("*")

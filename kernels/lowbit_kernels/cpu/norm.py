@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.cpu import library as lib
-from lowbit_kernels.cpu.product import ACTIVATIONS
 
 
 def group_norm_cpu(
@@ -135,38 +134,3 @@ def norm_quantize_cpu(
     if library.norm_quantize(arguments):
         raise MemoryError("no memory for the rows of a LayerNorm")
     return h, y, q, scale, mean, rstd
-
-
-def activation_quantize_cpu(
-    x: Tensor, activation: str, scale: Tensor | None, return_dequantized: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Apply an activation and quantize each row to int8, in one pass.
-
-    Args:
-        x: [..., N], fp32; [..., 2 N] with ``"glu"``.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"relu"`` or ``"glu"``.
-        scale: one fp32 number for all rows. None: each row's own.
-        return_dequantized: whether to write q * scale too.
-
-    Returns:
-        y = q * scale, empty unless asked for; q [..., N] int8; scale [..., 1]. None where our
-        kernels are not compiled.
-    """
-    library = lib.native()
-    if library is None:
-        return None
-    glu, width = activation == "glu", x.shape[-1]
-    N = width // 2 if glu else width
-    q = torch.empty(*x.shape[:-1], N, dtype=torch.int8)
-    y = torch.empty(q.shape if return_dequantized else 0)
-    row_scale = torch.empty(*x.shape[:-1], 1)
-    x = x.contiguous()
-    arguments = lib.ActivationQuantize(
-        rows=row_scale.numel(), columns=N, x=lib.pointer(x),
-        activation=0 if glu else ACTIVATIONS[activation], glu=glu,
-        static_scale=lib.pointer(scale), y=lib.pointer(y) if return_dequantized else None,
-        q=lib.pointer(q), scale=lib.pointer(row_scale), threads=lib.threads(),
-    )  # fmt: skip
-    if library.activation_quantize(arguments):
-        raise MemoryError("no memory for the rows of an activation")
-    return y, q, row_scale

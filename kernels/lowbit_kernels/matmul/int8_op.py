@@ -62,8 +62,8 @@ def low_bit_linear_int8(
 ) -> Tensor:
     """``low_bit_linear`` of an input that a kernel before it has quantized. It has no gradient.
 
-    What ``norm_quantize`` and ``activation_quantize`` return gives the result that
-    ``low_bit_linear`` gives for the rows they quantized.
+    What ``norm_quantize`` returns gives the result that ``low_bit_linear`` gives for the rows that
+    it quantized.
 
     Args:
         q: [..., K] int8 in [-127, 127].

@@ -1,18 +1,14 @@
 """Normalizations and activations fused with what surrounds them: masks, residuals, quantization."""
 
-from lowbit_kernels.norm.activation_quantize_op import activation_quantize
 from lowbit_kernels.norm.batch_norm_op import masked_batch_norm
 from lowbit_kernels.norm.group_norm_op import masked_group_norm
 from lowbit_kernels.norm.norm_quantize_op import norm_activation, norm_of_norm, norm_quantize
 from lowbit_kernels.norm.reference import (
-    activation_quantize_reference,
     masked_group_norm_reference,
     norm_quantize_reference,
 )
 
 __all__ = [
-    "activation_quantize",
-    "activation_quantize_reference",
     "masked_batch_norm",
     "masked_group_norm",
     "masked_group_norm_reference",

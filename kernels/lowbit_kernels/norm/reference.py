@@ -215,25 +215,6 @@ def quantize_rows_reference(y: Tensor, static_scale: Tensor | None = None) -> tu
     return quantize_rows(y.reshape(-1, y.shape[-1]), scale.flatten()).view(y.shape), scale
 
 
-def activation_quantize_reference(
-    x: Tensor, activation: str, static_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply an activation in fp32 and quantize the rows.
-
-    Args:
-        x: [..., N], any floating dtype; [..., 2 N] with ``"glu"``.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"relu"`` or ``"glu"``.
-        static_scale: as in ``quantize_rows_reference``.
-
-    Returns:
-        q: [..., N], int8.
-        scale: [..., 1], fp32.
-        activated: [..., N], what q stands for, before its rounding; fp32 at least.
-    """
-    activated = apply_epilogue(x.to(torch.promote_types(x.dtype, torch.float32)), activation)
-    return *quantize_rows_reference(activated, static_scale), activated
-
-
 def norm_quantize_reference(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -234,15 +234,3 @@ extern "C" int norm_quantize(const NormQuantize* args) {
   free(buffers);
   return 0;
 }
-
-extern "C" int activation_quantize(const ActivationQuantize* args) {
-  const ActivationQuantize& p = *args;
-  int64_t size = (p.columns + LANES - 1) / LANES * LANES;
-  float* buffers = (float*)aligned_alloc(64, p.threads * size * 4);
-  if (!buffers) return 1;
-#pragma omp parallel for num_threads(p.threads) if (p.rows > 8)
-  for (int64_t r = 0; r < p.rows; r++)
-    activation_quantize_row(p, r, buffers + omp_get_thread_num() * size);
-  free(buffers);
-  return 0;
-}

@@ -142,14 +142,13 @@ struct NormQuantize {
   int64_t threads;
 };
 
-// q [columns] of x, and if y is not null what it stands for
-static void signed_row(const float* x, int64_t columns, float scale, int8_t* q, float* y) {
+// q [columns] of x
+static void signed_row(const float* x, int64_t columns, float scale, int8_t* q) {
   float inverse = 1.0f / scale;
   for (int64_t c = 0; c < columns; c += LANES) {
     int lanes = lanes_left(columns - c);
     vint level = round_to_int(clamped(load_some(x + c, lanes) * inverse));
     store_some((uint8_t*)q + c, __builtin_convertvector(level, vbyte), lanes);
-    if (y) store_some(y + c, to_float(level) * scale, lanes);
   }
 }
 
@@ -179,32 +178,5 @@ static void norm_quantize_row(const NormQuantize& p, int64_t r, float* buffer) {
   }
   p.scale[r] = p.static_scale ? *p.static_scale : scale_of(horizontal_max(largest));
   p.mean[r] = mean, p.rstd[r] = rstd;
-  signed_row(buffer, p.columns, p.scale[r], p.q + at, nullptr);
-}
-
-struct ActivationQuantize {
-  int64_t rows, columns;
-  const float* x;             // [rows, columns], [rows, 2 * columns] with glu
-  int32_t activation, glu;    // glu: activation is not looked at
-  const float* static_scale;  // one number, or null: each row's own
-  float* y;                   // [rows, columns], what q stands for, or null
-  int8_t* q;                  // [rows, columns]
-  float* scale;               // [rows]
-  int64_t threads;
-};
-
-// buffer: [columns]
-static void activation_quantize_row(const ActivationQuantize& p, int64_t r, float* buffer) {
-  const float* x = p.x + r * p.columns * (p.glu ? 2 : 1);
-  vint largest = {};
-  for (int64_t c = 0; c < p.columns; c += LANES) {
-    int lanes = lanes_left(p.columns - c);
-    vfloat y = load_some(x + c, lanes);
-    y = p.glu ? y * sigmoid(load_some(x + p.columns + c, lanes)) : activate(y, p.activation);
-    largest = max_int(largest, magnitude(first_lanes(y, lanes)));
-    store_some(buffer + c, y, lanes);
-  }
-  p.scale[r] = p.static_scale ? *p.static_scale : scale_of(horizontal_max(largest));
-  int64_t at = r * p.columns;
-  signed_row(buffer, p.columns, p.scale[r], p.q + at, p.y ? p.y + at : nullptr);
+  signed_row(buffer, p.columns, p.scale[r], p.q + at);
 }
