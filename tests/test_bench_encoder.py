@@ -110,6 +110,26 @@ def test_memory_of_graphs_is_counted(monkeypatch):
     assert encoder_cuda._held(SimpleNamespace(is_cuda=True)) == 1140
 
 
+def test_what_only_a_gpu_tells_is_recorded(tiny_encoder, monkeypatch):
+    used, seen = iter(range(0, 10_000, 100)), []
+
+    def profiled(call):
+        seen.append(call().shape)
+        return {"launches": len(seen), "kinds": {"rest": float(len(seen))}}
+
+    monkeypatch.setattr(encoder_cuda, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(encoder_cuda, "_held", lambda x: next(used))
+    monkeypatch.setattr(encoder_cuda, "_transient", lambda call: 7)
+    monkeypatch.setattr(encoder_cuda, "profiled", profiled)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    rows = rows_of(on_cpu(encoder_cuda.ENCODER_CUDA, torch.float32))
+    assert {row["peak_bytes"] % 100 for row in rows.values()} == {7}
+    # a graph's kernels are counted in its replay, and told apart without it
+    fast = rows["lowbit fast(), graphs"]
+    assert (fast["launches"], fast["kinds"]) == (3, {"rest": 4.0})
+    assert rows["bf16 eager"]["kinds"] == {"rest": 1.0}
+
+
 @pytest.mark.parametrize(
     ("kernel", "operators", "kind"),
     [

@@ -2,14 +2,11 @@
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from lowbit_kernels import (
     QuantConfig,
@@ -19,69 +16,25 @@ from lowbit_kernels import (
     quantize,
     save_quantized,
 )
-from lowbit_kernels.integrations.encoder_layers import FusedLayer
 from lowbit_kernels.integrations.fuse import is_fused
 from lowbit_kernels.integrations.huggingface import LowbitConfig
 from lowbit_kernels.testing import assert_as_accurate
-from tests.families.models import FAMILIES, LAYERS
-
-BY_NAME = {family.name: family for family in FAMILIES}
-TRANSFORMERS = ("wav2vec2-group", "wav2vec2-layer", "hubert", "data2vec", "unispeech-sat", "sew")
-CONFORMERS = ("conformer-relative", "wav2vec2-bert")
-FUSED = (*TRANSFORMERS, *CONFORMERS, "wavlm", "wavlm-stable", "whisper")
-CONFIGS = {"small": QuantConfig.small(), "fast": QuantConfig.fast(), "static": QuantConfig.fast()}
-
-
-class Launches(TorchDispatchMode):
-    """Counts the kernels that the ops called under it launch on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name, given = str(func), {_memory(t) for t in tree_leaves(args) if isinstance(t, Tensor)}
-        # a view launches nothing
-        if any(_memory(t) not in given for t in tree_leaves(out) if isinstance(t, Tensor)):
-            self.names.append(name)
-            # a float input is rounded to int8 by a kernel of its own
-            if name.startswith("lowbit.linear.") and "int8" in args:
-                self.names.append("quantize")
-        return out
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def build(name: str, preset: str, *, fuse: bool) -> Any:
-    family, config = BY_NAME[name], CONFIGS[preset]
-    model = family.build()
-    clips = [family.full_inputs()] if preset == "static" else None
-    quantize(model, config, fuse=fuse, calibration=clips)
-    if not name.startswith("wavlm"):
-        model.set_attn_implementation("lowbit")
-    return model
-
-
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.inference_mode():
-        output: Tensor = model(**inputs).logits
-    return output
-
-
-def exact_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Of the same quantized model, computed in fp64."""
-    double = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-    output: Tensor = copy.deepcopy(model).double()(**double).logits
-    return output.detach()
-
-
-def layers_of(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, FusedLayer)]
+from tests.families.models import LAYERS, WAVEFORM, Family, of
+from tests.fused_cases import (
+    BY_NAME,
+    CONFIGS,
+    CONFORMERS,
+    FUSED,
+    Launches,
+    build,
+    exact_logits,
+    kernels,
+    launches_of_the_last_layer,
+    layers_of,
+    logits,
+    moved,
+    ops,
+)
 
 
 @pytest.mark.parametrize("preset", CONFIGS)
@@ -93,45 +46,6 @@ def test_fused_layers_are_as_accurate_as_the_layers_they_were(name: str, preset:
     assert len(layers_of(fused)) == LAYERS
     assert not is_fused(plain)
     assert_as_accurate(logits(fused, inputs), logits(plain, inputs), exact_logits(plain, inputs))
-
-
-def launches_of_the_last_layer(
-    model: Any,
-    inputs: dict[str, Tensor],
-    count: Callable[[Callable[[], Any]], tuple[Any, list[str]]],
-) -> list[str]:
-    """What a second forward launches between the last layer's input and its output."""
-    logits(model, inputs)
-    counted = []
-    forward = type(layers_of(model)[-1])._fused
-
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out, names = count(lambda: forward(self, *args, **kwargs))
-        counted.append(names)
-        return out
-
-    type(layers_of(model)[-1])._fused = counting
-    try:
-        logits(model, inputs)
-    finally:
-        type(layers_of(model)[-1])._fused = forward
-    assert len(counted) == LAYERS
-    return counted[-1]
-
-
-def ops(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    with Launches() as launches:
-        out = call()
-    return out, launches.names
-
-
-def kernels(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        out = call()
-        torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return out, [event.name for event in events]
 
 
 def most_launches(name: str, preset: str) -> int:
@@ -154,22 +68,65 @@ def test_a_fused_layer_runs_in_a_handful_of_ops(name: str, preset: str) -> None:
 @pytest.mark.parametrize("preset", CONFIGS)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_layer_runs_in_a_handful_of_launches(name: str, preset: str) -> None:
-    model = build(name, preset, fuse=True).to("cuda", torch.bfloat16)
-    inputs = {
-        n: t.to("cuda", torch.bfloat16 if t.is_floating_point() else t.dtype)
-        for n, t in BY_NAME[name].inputs().items()
-    }
+    there = {"device": "cuda", "dtype": torch.bfloat16}
+    model = build(name, preset, fuse=True, **there)  # type: ignore[arg-type]
+    inputs = moved(BY_NAME[name].inputs(), **there)  # type: ignore[arg-type]
     names = launches_of_the_last_layer(model, inputs, kernels)
     assert len(names) <= most_launches(name, preset), names
 
 
-@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "conformer-relative"])
+@pytest.mark.parametrize(
+    "name", ["wav2vec2-group", "wav2vec2-layer", "conformer-relative", "wavlm"]
+)
 def test_padded_utterances_equal_single_ones(name: str) -> None:
     family, model = BY_NAME[name], build(name, "small", fuse=True)
     batch = logits(model, family.inputs())
     for row, single in zip(batch, family.single_inputs(), strict=True):
         alone = logits(model, single)[0]
         assert_as_accurate(row[: len(alone)], alone, alone.double())
+
+
+@pytest.mark.parametrize("preset", ["small", "fast"])
+@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "conformer-relative"])
+def test_deterministic_layers_give_the_same_bits_in_any_batch(name: str, preset: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    quantize(model, CONFIGS[preset], deterministic=True, fuse=True)
+    batch = model_frames(model, family.inputs())
+    for row, single in zip(batch, family.single_inputs(), strict=True):
+        alone = model_frames(model, single)[0]
+        assert torch.equal(row[: len(alone)], alone)
+
+
+def model_frames(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Of the encoder: a head's product in float depends on the number of rows."""
+    with torch.inference_mode():
+        frames: Tensor = model.base_model(**inputs).last_hidden_state
+    return frames
+
+
+def test_adapters_of_attention_follow_the_layer() -> None:
+    options = {"adapter_attn_dim": 8, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+    family = Family("adapter", of(Wav2Vec2Config, Wav2Vec2ForCTC, WAVEFORM, **options))
+    plain, fused = family.build(), family.build()
+    quantize(plain)
+    plain.set_attn_implementation("lowbit")
+    quantize(fused, fuse=True)
+    inputs = family.inputs()
+    assert layers_of(fused)[0].adapter_layer is not None
+    assert_as_accurate(logits(fused, inputs), logits(plain, inputs), exact_logits(plain, inputs))
+
+
+def test_whisper_clamps_in_fp16() -> None:
+    outputs = []
+    for fuse in (False, True):
+        model = build("whisper", "small", fuse=fuse, dtype=torch.float16)
+        layer = model.model.encoder.layers[0]
+        layer.fc2.bias.data.fill_(6e4)
+        with torch.inference_mode():
+            outputs.append(layer(torch.full((2, 7, 48), 6e4, dtype=torch.float16), None))
+        assert outputs[-1].isfinite().all()
+    assert_as_accurate(outputs[1], outputs[0], outputs[0].double())
 
 
 def test_projections_share_memory_and_state_dicts_do_not_change() -> None:
@@ -205,9 +162,10 @@ def test_a_changed_weight_is_seen(change: str) -> None:
                 scale = module.q_proj.scale
                 if change == "write":
                     scale *= 1.5
+                    module.k_proj.bias.data += 0.3
                 else:
                     module.q_proj.scale = scale * 1.5
-                module.k_proj.bias.data += 0.3
+                    module.k_proj.bias.data = module.k_proj.bias.data + 0.3
     wanted = logits(other, inputs)
     assert torch.equal(logits(plain, inputs), wanted)
     assert_as_accurate(logits(fused, inputs), wanted, wanted.double())
@@ -246,7 +204,7 @@ def test_a_hook_that_changes_what_goes_between_layers_is_obeyed(where: str) -> N
     assert_as_accurate(after, logits(plain, inputs), exact_logits(plain, inputs))
 
 
-@pytest.mark.parametrize("how", ["gradients", "training", "eager", "autocast"])
+@pytest.mark.parametrize("how", ["gradients", "training", "no gradients", "eager", "autocast"])
 def test_elsewhere_a_layer_computes_what_it_did(how: str) -> None:
     inputs = BY_NAME["wav2vec2-group"].inputs()
     outputs = []
@@ -254,7 +212,7 @@ def test_elsewhere_a_layer_computes_what_it_did(how: str) -> None:
         model = build("wav2vec2-group", "small", fuse=fuse)
         if how == "eager":
             model.set_attn_implementation("eager")
-        model.train(how == "training")
+        model.train(how in ("training", "no gradients"))
         with (
             torch.set_grad_enabled(how in ("gradients", "training")),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"),
@@ -342,6 +300,29 @@ def test_layers_that_differ_stay_as_they_were() -> None:
         logits(model, family.inputs())
     # one layer has six matrix products, the other four; and the projection of the features
     assert sum(name.startswith("lowbit.linear") for name in launches.names) == 6 + 4 + 1
+
+
+def test_nothing_is_taken_that_was_made_of_another_tensor() -> None:
+    plain, fused = (build("wav2vec2-group", "fast", fuse=fuse) for fuse in (False, True))
+    inputs, (x, z) = BY_NAME["wav2vec2-group"].inputs(), torch.randn(2, 2, 9, 48)
+    logits(fused, inputs)
+    first, last = fused.wav2vec2.encoder.layers
+    with torch.inference_mode():
+        first(x)
+        found, wanted = last(z), plain.wav2vec2.encoder.layers[1](z)
+        exact = dequantize(plain).double().wav2vec2.encoder.layers[1](z.double())
+    assert_as_accurate(found, wanted, exact)
+
+
+def test_positions_of_a_forward_that_a_layer_left_are_forgotten() -> None:
+    family = BY_NAME["conformer-relative"]
+    plain, fused = (build(family.name, "small", fuse=fuse) for fuse in (False, True))
+    hook = layers_of(fused)[-1].ffn2.output_dense.register_forward_hook(lambda *_: None)
+    logits(fused, family.inputs())
+    hook.remove()
+    shorter = family.single_inputs()[1]
+    found = logits(fused, shorter)
+    assert_as_accurate(found, logits(plain, shorter), exact_logits(plain, shorter))
 
 
 def test_the_report_says_what_was_fused() -> None:

@@ -41,6 +41,18 @@ def test_a_bucket_is_eager_padded_and_as_accurate_as_eager(name, fuse):
         assert_as_accurate(got, low, high, f"{B} x {T}")
 
 
+def test_padding_is_silence_for_a_model_that_hears_it():
+    model = BY_NAME["wav2vec2-group"].build()  # in float: its GroupNorm takes in the padding
+    graphed = capture_on_cpu(model, (2000,), (1,))
+    for T in (2000, 1390):
+        waves = torch.randn(1, T)
+        padded, mask = (nn.functional.pad(t, (0, 2000 - T)) for t in (waves, torch.ones(1, T)))
+        with torch.no_grad():
+            wanted = model(padded, mask.long()).logits
+        got = graphed(waves).logits
+        assert torch.equal(got, wanted[:, : got.shape[1]])
+
+
 def test_every_length_of_a_bucket_gives_its_own_frames():
     family = BY_NAME["wav2vec2-adapter"]
     model = family.build().wav2vec2  # frames before and after the adapter

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import Case, Cost, Goal, Point, Prepared, Provider, Row
-from bench.cases.encoder_cpu import FLOAT_ERROR, INT8_ERROR, encode, with_stored_weights
+from bench.cases.encoder_cpu import (
+    FLOAT_ERROR,
+    INT8_ERROR,
+    encode,
+    multiplied_weights,
+    with_stored_weights,
+)
 from bench.cuda_peers import BITSANDBYTES, TORCHAO, bitsandbytes_nf4
 from bench.harness import relative_error
 from bench.kernels import profiled
@@ -88,6 +94,8 @@ def float32_model(point: Point, device: str) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         model: nn.Module = make(config)
+    # the context misses what torch.Tensor(...) makes
+    model.to(device)
     return model.eval().requires_grad_(False)
 
 
@@ -153,7 +161,7 @@ def prepare(
     call = encode(runner(model) if runner else model, x)
 
     def from_idle() -> Tensor:
-        if x.is_cuda:
+        if _on_gpu(x):
             torch.cuda.synchronize()
         return call()
 
@@ -163,9 +171,9 @@ def prepare(
             row: Row = {"frames": frames.shape[0] * frames.shape[1]}
             row["error_vs_float32"] = relative_error(frames, inputs.float32)
             if is_ours:
-                packed = [t for name, t in model.named_buffers() if name.endswith("qweight")]
-                row["resident_bytes"] = stored + sum(map(resident_bytes, packed))
-            if x.is_cuda:
+                copies = sum(map(resident_bytes, multiplied_weights(model)))
+                row["resident_bytes"] = stored + copies
+            if _on_gpu(x):
                 row["peak_bytes"] = _held(x) - before + _transient(call)
                 row |= profiled(call)
                 # a graph says nothing about its kernels but their names
@@ -177,9 +185,13 @@ def prepare(
     return Prepared(from_idle, max_error or FLOAT_ERROR[x.dtype], expected, stored, facts, int8)
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _held(x: Tensor) -> int:
     """Bytes in use between calls, those that the pools of CUDA graphs keep among them."""
-    if not x.is_cuda:
+    if not _on_gpu(x):
         return 0
     pooled = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
     idle = sum(s["total_size"] - s["allocated_size"] for s in pooled)

@@ -21,13 +21,13 @@ from lowbit_kernels.attention.scores_kernel import (
     LOG2_E,
     PAD_TO,
     kept_by_dropout,
-    keys_of_offsets,
     load_bias,
     load_frames,
     load_length,
     load_offsets,
     offsets_of_keys,
     score_ptrs,
+    scores_of_offsets,
     store_frames,
     table_of,
     tile_and_head,
@@ -105,10 +105,10 @@ def _flash_attention_bwd_dq_kernel(
         mask = visible(offs_q, offs_k, length, window)
         scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if IS_RELATIVE:
-            start = start_n - start_m - BLOCK_M
-            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, 2 * BLOCK_M)
-            band = tl.dot(rows, tl.trans(keys), input_precision=INPUT_PRECISION)
-            scores = keys_of_offsets(band, BLOCK_M, False)
+            scores = scores_of_offsets(
+                rows, table_ptr, start_m, start_n, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M,
+                False, INPUT_PRECISION,
+            )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), scores, input_precision=INPUT_PRECISION)
         scores *= scale * LOG2_E
         if KIND is not None and not IS_RELATIVE:
@@ -127,7 +127,7 @@ def _flash_attention_bwd_dq_kernel(
             tl.store(ptrs, grad_scores, mask=mask)
         dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
         if IS_RELATIVE:
-            first, second = offsets_of_keys(grad_scores.to(keys.dtype), BLOCK_M)
+            first, second = offsets_of_keys(grad_scores.to(rows.dtype), BLOCK_M)
             start = start_n - start_m
             keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M)
             drows = tl.dot(second, keys, drows, input_precision=INPUT_PRECISION)
@@ -193,10 +193,10 @@ def _flash_attention_bwd_dkdv_kernel(
         scores = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         if IS_RELATIVE:
             rows = load_frames(rows_ptr, offs_m, stride_rt, length, D_IN, BLOCK_D)
-            start = start_n - start_m - BLOCK_M
-            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, 2 * BLOCK_M)
-            band = tl.dot(keys, tl.trans(rows), input_precision=INPUT_PRECISION)
-            scores = keys_of_offsets(band, BLOCK_M, True)
+            scores = scores_of_offsets(
+                rows, table_ptr, start_m, start_n, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M,
+                True, INPUT_PRECISION,
+            )  # fmt: skip
         scores = tl.dot(k, tl.trans(q), scores, input_precision=INPUT_PRECISION)
         scores *= scale * LOG2_E
         if KIND is not None and not IS_RELATIVE:

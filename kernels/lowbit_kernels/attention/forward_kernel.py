@@ -21,11 +21,10 @@ from lowbit_kernels.attention.scores_kernel import (
     PAD_TO,
     add_features,
     kept_by_dropout,
-    keys_of_offsets,
     load_bias,
     load_frames,
     load_length,
-    load_offsets,
+    scores_of_offsets,
     store_frames,
     table_of,
     tile_and_head,
@@ -83,44 +82,51 @@ def _flash_attention_fwd_kernel(
     # difference from the largest
     to_log2 = scale * LOG2_E
     to_come = 1.0 if HAS_BIAS else to_log2
-    for start_n in range(lo, hi, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_frames(k_ptr, offs_n, stride_kt, length, D_IN, BLOCK_D)
-        v = load_frames(v_ptr, offs_n, stride_vt, length, D_IN, BLOCK_D)
-        offs_q, offs_k = offs_m[:, None], offs_n[None, :]
-        mask = visible(offs_q, offs_k, length, window)
-        scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if IS_RELATIVE:
-            start = start_n - start_m - BLOCK_M
-            keys = load_offsets(table_ptr, start, stride_aq, largest, D_IN, BLOCK_D, 2 * BLOCK_M)
-            band = tl.dot(rows, tl.trans(keys), input_precision=INPUT_PRECISION)
-            scores = keys_of_offsets(band, BLOCK_M, False)
-        scores = tl.dot(q, tl.trans(k), scores, input_precision=INPUT_PRECISION)
-        if HAS_BIAS:
-            bias = load_bias(
-                table_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
-            )
-            bias = bias if rows_ptr is None else bias * gate.to(tl.float32)[:, None]
-            scores = scores * to_log2 + bias
-        scores = tl.where(mask, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # a row that has seen no key yet: -inf less -inf would be NaN
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probs = tl.exp2(scores * to_come - (shift * to_come)[:, None])
-        rescale = tl.exp2((row_max - shift) * to_come)
-        row_sum = row_sum * rescale + tl.sum(probs, 1)
-        if seed_ptr is not None:
-            keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
-            probs = tl.where(keep, probs, 0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
-        row_max = new_max
+    # tiles of nothing but valid keys come first, without a mask; loading a bias takes one
+    IS_MASKED: tl.constexpr = HAS_BIAS or window is not None
+    whole = lo if IS_MASKED else tl.minimum(length // BLOCK_N * BLOCK_N, hi)
+    for part in tl.static_range(1 if IS_MASKED else 0, 2):
+        first, end = (lo, whole) if part == 0 else (whole, hi)
+        for start_n in range(first, end, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load_frames(k_ptr, offs_n, stride_kt, length, D_IN, BLOCK_D)
+            v = load_frames(v_ptr, offs_n, stride_vt, length, D_IN, BLOCK_D)
+            offs_q, offs_k = offs_m[:, None], offs_n[None, :]
+            mask = visible(offs_q, offs_k, length, window)
+            scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            if IS_RELATIVE:
+                scores = scores_of_offsets(
+                    rows, table_ptr, start_m, start_n, stride_aq, largest, D_IN, BLOCK_D, BLOCK_M,
+                    False, INPUT_PRECISION,
+                )  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=INPUT_PRECISION)
+            if HAS_BIAS:
+                bias = load_bias(
+                    table_ptr, start_m, start_n, offs_q, offs_k, stride_aq, stride_ak, mask
+                )
+                bias = bias if rows_ptr is None else bias * gate.to(tl.float32)[:, None]
+                scores = scores * to_log2 + bias
+            if part == 1:
+                scores = tl.where(mask, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            # a row that has seen no key yet: -inf less -inf would be NaN
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            probs = tl.exp2(scores * to_come - (shift * to_come)[:, None])
+            rescale = tl.exp2((row_max - shift) * to_come)
+            row_sum = row_sum * rescale + tl.sum(probs, 1)
+            if seed_ptr is not None:
+                keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
+                probs = tl.where(keep, probs, 0.0)
+            acc *= rescale[:, None]
+            acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
+            row_max = new_max
 
-    is_empty = row_sum == 0.0
+    is_empty = (row_sum == 0.0) | (offs_m >= length)
     denominator = tl.where(is_empty, 1.0, row_sum)
     lse = tl.where(is_empty, 0.0, row_max * to_come + tl.log2(denominator))
     if seed_ptr is not None:
         denominator *= 1.0 - dropout_p
-    acc = acc / denominator[:, None]
+    acc = tl.where(is_empty[:, None], 0.0, acc / denominator[:, None])
     tl.store(lse_ptr + bh.to(tl.int64) * T + offs_m, lse, mask=offs_m < T)
     out_ptr += b * stride_ob + h * stride_oh
     if out_scale_ptr is not None:

@@ -88,12 +88,18 @@ def take_flat(x, index, COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.conste
 
 
 @triton.jit
-def keys_of_offsets(band, BLOCK: tl.constexpr, IS_TRANSPOSED: tl.constexpr):
-    # [query, 2 BLOCK offsets] to [query, BLOCK keys], or both transposed
-    line = tl.arange(0, BLOCK)
+def scores_of_offsets(
+    rows, table_ptr, start_q, start_k, stride_o, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, IS_TRANSPOSED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    # rows times a band, the keys of 2 BLOCK offsets, by key: [query, key] or transposed
+    start, line = start_k - start_q - BLOCK, tl.arange(0, BLOCK)
+    keys = load_offsets(table_ptr, start, stride_o, largest, D, BLOCK_D, 2 * BLOCK)
     if IS_TRANSPOSED:
+        band = tl.dot(keys, tl.trans(rows), input_precision=INPUT_PRECISION)
         index = (BLOCK + line[:, None] - line[None, :]) * BLOCK + line[None, :]
     else:
+        band = tl.dot(rows, tl.trans(keys), input_precision=INPUT_PRECISION)
         index = line[:, None] * (2 * BLOCK) + (BLOCK + line[None, :] - line[:, None])
     return take_flat(band, index, 2 * BLOCK * BLOCK, BLOCK, BLOCK)
 
