@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from lowbit_kernels import (
