@@ -143,6 +143,7 @@ class Case:
         small: the points of ``--small``, which need no GPU; empty: the case has none.
         sets: inputs and weights that the calls cycle through, so that no cache holds them.
         modes: how a GPU times it; ratios are those of the first mode that both sides have.
+        in_all: whether ``all`` runs it.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Case:
     small: tuple[Point, ...] = ()
     sets: int = 1
     modes: tuple[Mode, ...] = ("flushed",)
+    in_all: bool = True
 
     def provider(self, name: str) -> Provider:
         """The provider called ``name``."""
@@ -179,7 +181,7 @@ class ValueCase:
         measure: returns rows of ``{"name", "value", "unit"}``, with ``"q1"`` and ``"q3"`` where the
             value is a median, and ``"goal"`` and ``"moonshot"`` where there are such.
         device: ``"cpu"`` or ``"cuda"``; ``measure`` is called with it if ``takes_device``.
-        in_all: whether ``all`` runs it.
+        in_all: as in ``Case``.
         takes_device: whether it measures any device.
     """
 

@@ -4,7 +4,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +66,8 @@ def build(
     model.to(device, dtype)
     clips = [moved(family.full_inputs(), device, dtype)] if preset == "static" else None
     quantize(model, config, fuse=fuse, calibration=clips)
+    if fuse and name in CONFORMERS and Version(transformers.__version__) < Version("5.15"):
+        pytest.skip("conformers of older versions cannot choose their attention")
     if not name.startswith("wavlm"):
         model.set_attn_implementation("lowbit")
     return model

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+from bench import __main__ as command
 from bench import kernels, plot, record, report
 from bench.case import Provider
 from bench.cases import CASES, cold_start, encoder_cuda
@@ -90,6 +91,8 @@ def test_the_first_sitting_has_twelve_cells():
     grid = [point.name for other in encoder_cuda.ENCODER_MODELS for point in other.points]
     assert len(set(grid)) == len(grid) == 5 * 9 + 3
     assert {point.name for point in case.points} <= set(grid)
+    # the others are named, and go on from sitting to sitting
+    assert [name for name in command.everything(small=True) if "encoder" in name] == [case.name]
 
 
 def test_packed_tensors_are_counted_as_they_are_stored():

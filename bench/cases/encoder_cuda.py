@@ -1,7 +1,8 @@
 """Whole encoders on a GPU, random weights of the published sizes.
 
 ``encoder_cuda`` is what a first sitting measures: two models, ten seconds, one utterance and 32,
-eager, compiled and ours. ``encoder_<model>`` has all lengths, batches and peers.
+eager, compiled and ours. ``encoder_<model>`` has all lengths, batches and peers, and takes longer
+than one sitting: name it, and ``--resume``.
 
 Dimension key: B batch, T samples (or mel frames), F mel bins.
 """
@@ -339,7 +340,7 @@ ENCODER_MODELS = tuple(
             for seconds in ((30,) if "whisper" in model else (SECONDS, 1, 30))
             for B in (1, 32, 8)
         ),
-        providers=PROVIDERS,
+        providers=PROVIDERS, in_all=False,
     )
     for model in MODELS
 )  # fmt: skip

@@ -129,6 +129,9 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
         following._hand(y, made)
         return y
 
+    def _as_tuple(self, y: Any) -> tuple[Any, ...]:
+        return y, None
+
     def _position(self, x: Tensor, **kwargs: Any) -> Position:
         attention, shared = self.self_attn, self.__dict__.get("_positions")
         embeddings = kwargs.get("relative_position_embeddings")

@@ -7,6 +7,8 @@ with hooks or adapters inside, or with another ``attn_implementation`` than ``"l
 Dimension key: B batch, T frames, C features, H heads, D head dimension.
 """
 
+import functools
+import inspect
 import weakref
 from typing import Any, NamedTuple
 
@@ -81,7 +83,11 @@ class FusedLayer(Swapped):
             self.__dict__.pop("_handed", None)
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         lengths = self._lengths(attention_mask, **kwargs)
-        return self._fused(hidden_states, lengths, parts, **kwargs)
+        fused = self._fused(hidden_states, lengths, parts, **kwargs)
+        return self._as_tuple(fused) if _returns_tuple(self._origin) else fused
+
+    def _as_tuple(self, y: Any) -> tuple[Any, ...]:
+        return (y,)
 
     def _parts(self) -> Parts:
         """Those of wav2vec2 and its kin."""
@@ -208,6 +214,13 @@ class WhisperLayer(PreNormLayer):
             largest = torch.finfo(y.dtype).max - 1000
             y = y.clamp(-largest, largest)
         return y
+
+
+@functools.cache
+def _returns_tuple(origin: type) -> bool:
+    """Whether a class returns attention weights, too, as in older versions of transformers."""
+    forward: Any = vars(origin)["forward"]
+    return "output_attentions" in inspect.signature(forward).parameters
 
 
 def attention_parts(module: Any) -> Attention:

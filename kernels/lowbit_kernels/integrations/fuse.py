@@ -43,7 +43,9 @@ def fuse_layers(model: nn.Module) -> int:
         # a conformer's is swapped already, for a mixin that the fused one extends
         origin = module._origin if isinstance(module, Swapped) else type(module)
         mixin = _MIXINS.get(origin.__name__)
-        if mixin is not None and origin.__module__.startswith("transformers."):
+        if mixin is None or not _chooses_attention(mixin, module):
+            continue
+        if origin.__module__.startswith("transformers."):
             module.__class__ = origin
             swap_class(module, mixin)
     for module in model.modules():
@@ -51,6 +53,11 @@ def fuse_layers(model: nn.Module) -> int:
         if not is_known and any(_is_stack(child) for child in module.children()):
             module.register_forward_pre_hook(introduce_layers, with_kwargs=True)
     return sum(isinstance(module, FusedLayer) for module in model.modules())
+
+
+def _chooses_attention(mixin: type[FusedLayer], layer: nn.Module) -> bool:
+    """Not so in conformers of older versions of transformers."""
+    return not issubclass(mixin, FusedConformerLayer) or hasattr(layer.self_attn, "config")
 
 
 def _is_stack(module: nn.Module) -> bool:

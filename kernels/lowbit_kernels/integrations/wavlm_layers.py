@@ -45,6 +45,9 @@ class _WavLMLayer(FusedLayer):
         kwargs["position_bias"] = shared
         return super()._fused(x, lengths, parts, **kwargs), shared
 
+    def _as_tuple(self, y: Any) -> tuple[Any, ...]:
+        return tuple(y)
+
     def _position(self, x: Tensor, **kwargs: Any) -> Scheme:
         attention = self.attention
         linear = attention.gru_rel_pos_linear
