@@ -57,11 +57,13 @@ def most_launches(name: str, preset: str) -> int:
     return conformer if name in CONFORMERS else transformer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("preset", CONFIGS)
 @pytest.mark.parametrize("name", FUSED)
-def test_a_fused_layer_runs_in_a_handful_of_ops(name: str, preset: str) -> None:
-    model = build(name, preset, fuse=True)
-    names = launches_of_the_last_layer(model, BY_NAME[name].inputs(), ops)
+def test_a_fused_layer_runs_in_a_handful_of_ops(name: str, preset: str, dtype: torch.dtype) -> None:
+    model = build(name, preset, fuse=True, dtype=dtype)
+    inputs = moved(BY_NAME[name].inputs(), "cpu", dtype)
+    names = launches_of_the_last_layer(model, inputs, ops)
     assert len(names) <= most_launches(name, preset), names
 
 
@@ -144,32 +146,31 @@ def test_projections_share_memory_and_state_dicts_do_not_change() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
-@pytest.mark.parametrize("change", ["write", "move", "load"])
-def test_a_changed_weight_is_seen(change: str) -> None:
+def _change(model: Any, how: str) -> None:
+    """Other scales and biases, written in place or put in the place of the old ones."""
+    for attention in (m for m in model.modules() if hasattr(m, "q_proj")):
+        scale, bias = attention.q_proj.scale, attention.v_proj.bias.data
+        if how in ("write", "load"):
+            scale *= 1.5
+            bias += 0.3
+        elif how == "scale":
+            attention.q_proj.scale = scale * 1.5
+        else:
+            attention.v_proj.bias.data = bias + 0.3
+
+
+@pytest.mark.parametrize("how", ["write", "scale", "bias", "load"])
+def test_a_changed_weight_is_seen(how: str) -> None:
     inputs = BY_NAME["wav2vec2-group"].inputs()
     plain, fused = (build("wav2vec2-group", "small", fuse=fuse) for fuse in (False, True))
-    logits(fused, inputs)
-    other = build("wav2vec2-group", "small", fuse=False)
-    for module in other.modules():
-        if hasattr(module, "q_proj"):
-            module.q_proj.scale *= 1.5
-            module.k_proj.bias.data += 0.3
-    for model in (plain, fused):
-        if change == "load":
-            model.load_state_dict(other.state_dict(), assign=True)
-            continue
-        for module in model.modules():
-            if hasattr(module, "q_proj"):
-                scale = module.q_proj.scale
-                if change == "write":
-                    scale *= 1.5
-                    module.k_proj.bias.data += 0.3
-                else:
-                    module.q_proj.scale = scale * 1.5
-                    module.k_proj.bias.data = module.k_proj.bias.data + 0.3
-    wanted = logits(other, inputs)
-    assert torch.equal(logits(plain, inputs), wanted)
-    assert_as_accurate(logits(fused, inputs), wanted, wanted.double())
+    before = logits(fused, inputs)
+    _change(plain, how)
+    if how == "load":
+        fused.load_state_dict(plain.state_dict(), assign=True)
+    else:
+        _change(fused, how)
+    assert not torch.equal(logits(fused, inputs), before)
+    assert_as_accurate(logits(fused, inputs), logits(plain, inputs), exact_logits(plain, inputs))
 
 
 def _watch(model: Any) -> list[Any]:

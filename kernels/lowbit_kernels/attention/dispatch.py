@@ -33,17 +33,9 @@ class Backend(NamedTuple):
 
 
 def choose_backend(
-    device_type: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    has_lengths: bool,
-    has_position: bool,
-    has_offsets: bool,
-    trains: bool,
-    capturing: bool,
-    installed: bool,
-) -> Backend:
+    device_type: str, dtype: torch.dtype, head_dim: int, *, has_lengths: bool, has_position: bool,
+    has_offsets: bool, trains: bool, capturing: bool, installed: bool,
+) -> Backend:  # fmt: skip
     """The backend of one call.
 
     Args:
@@ -89,12 +81,9 @@ def needs_gradient(position: Position | Scheme | None, *heads: Tensor) -> bool:
 
 
 def backend_of(
-    q: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    position: Position | Scheme | None = None,
+    q: Tensor, *, lengths: Tensor | None = None, position: Position | Scheme | None = None,
     trains: bool | None = None,
-) -> Backend:
+) -> Backend:  # fmt: skip
     """Say what serves ``flash_attention`` of such inputs, and why: ``print(backend_of(q))``.
 
     Args:
@@ -107,18 +96,17 @@ def backend_of(
     device, dtype = q.device.type, q.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    # while it is traced, no stream can be asked
+    capturing = torch.compiler.is_compiling() or (
+        q.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
     return choose_backend(
-        device,
-        dtype,
-        q.shape[-1],
-        has_lengths=lengths is not None,
-        has_position=position is not None,
+        device, dtype, q.shape[-1],
+        has_lengths=lengths is not None, has_position=position is not None,
         has_offsets=kind not in ("dense", DenseBias, type(None)),
         trains=needs_gradient(position, q) if trains is None else trains,
-        capturing=torch.compiler.is_compiling()
-        or (q.is_cuda and torch.cuda.is_current_stream_capturing()),
-        installed=FLASH_ATTN_INSTALLED,
-    )
+        capturing=capturing, installed=FLASH_ATTN_INSTALLED,
+    )  # fmt: skip
 
 
 def flash_attn_backend(
@@ -128,13 +116,8 @@ def flash_attn_backend(
     from flash_attn import flash_attn_func
 
     sides = (-1, -1) if window is None else (window, window)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
     out: Tensor = flash_attn_func(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        dropout_p=dropout_p,
-        softmax_scale=scale,
-        causal=False,
-        window_size=sides,
+        *heads, dropout_p=dropout_p, softmax_scale=scale, causal=False, window_size=sides
     )
     return out.transpose(1, 2)

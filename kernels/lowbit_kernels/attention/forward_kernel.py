@@ -85,7 +85,8 @@ def _flash_attention_fwd_kernel(
     to_come = 1.0 if HAS_BIAS else to_log2
     # tiles of nothing but valid keys come first, without a mask: a quarter fewer instructions where
     # D is 64; loading a bias takes one, and some kernels have no registers for two loops
-    IS_LARGE: tl.constexpr = IS_RELATIVE and BLOCK_D > 64 or q_ptr.dtype.element_ty == tl.float32
+    IS_FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    IS_LARGE: tl.constexpr = IS_FP32 or (IS_RELATIVE and BLOCK_D > 64)
     IS_MASKED: tl.constexpr = HAS_BIAS or window is not None or IS_LARGE
     whole = lo if IS_MASKED else tl.minimum(length // BLOCK_N * BLOCK_N, hi)
     for part in tl.static_range(1 if IS_MASKED else 0, 2):

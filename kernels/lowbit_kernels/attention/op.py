@@ -291,16 +291,10 @@ def flash_attention(
 
 
 def attend_int8(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_scale: Tensor,
-    *,
-    lengths: Tensor | None = None,
-    window: int | None = None,
-    position: Position | Scheme | None = None,
+    q: Tensor, k: Tensor, v: Tensor, out_scale: Tensor, *, lengths: Tensor | None = None,
+    window: int | None = None, position: Position | Scheme | None = None,
     scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attend, and quantize the result for a linear layer with static int8 inputs.
 
     Equal, bit by bit, to what such a layer makes of ``flash_attention``'s result; in one launch,

@@ -95,14 +95,11 @@ def joined(owner: Any, layers: Sequence[QLinear]) -> Operand:
 
 def can_join(layers: Sequence[Any]) -> bool:
     """Whether layers are low-bit linear ones that one matmul can serve."""
-    first = layers[0]
     if not all(type(layer) is QLinear for layer in layers):
         return False
-    return all(
-        (layer.spec, layer.K, layer.compute_dtype) == (first.spec, first.K, first.compute_dtype)
-        and layer.qweight.device == first.qweight.device
-        for layer in layers
-    )
+    weights = {(layer.spec, layer.K, layer.qweight.device) for layer in layers}
+    biases = {layer.bias.dtype for layer in layers if layer.bias is not None}
+    return len(weights) == 1 and len(biases) <= 1
 
 
 def _addresses(layers: Sequence[QLinear]) -> list[int]:

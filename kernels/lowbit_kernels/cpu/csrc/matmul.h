@@ -76,6 +76,10 @@ static void tile(const Matmul& p, int64_t group, int64_t m, int64_t n, const typ
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) sums[r][v] = T::first(start, v);
   const typename T::A* a = (const typename T::A*)p.a + group * p.a_group_stride + m * p.a_stride;
+  if (p.residual)  // on its way while the sums are made: its rows are far apart
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < VECTORS; v++)
+        __builtin_prefetch(p.residual + (m + r) * p.residual_stride + group * p.N + n + v * LANES);
   for (int64_t k = 0; k < p.K; k += T::STEP, panel += PANEL * T::STEP) {
     Sum b[VECTORS];
     for (int v = 0; v < VECTORS; v++) b[v] = load<Sum>(panel + v * LANES * T::STEP);
