@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.attention.config import default_config, input_precision, shared_bytes
-from lowbit_kernels.attention.forward_kernel import empty_heads, rows, scheme_arguments
+from lowbit_kernels.attention.forward_kernel import rows, scheme_arguments
 from lowbit_kernels.attention.offsets_kernel import offsets_gradient_triton
 from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.attention.scores_kernel import (
@@ -34,6 +34,7 @@ from lowbit_kernels.attention.scores_kernel import (
     visible,
     visible_range,
 )
+from lowbit_kernels.cpu import empty_heads
 
 
 @triton.jit(do_not_specialize=["T"])

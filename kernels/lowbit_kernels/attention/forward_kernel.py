@@ -32,6 +32,7 @@ from lowbit_kernels.attention.scores_kernel import (
     visible,
     visible_range,
 )
+from lowbit_kernels.cpu import empty_heads
 from lowbit_kernels.matmul.quantize_kernel import round_to_int8
 
 
@@ -138,13 +139,6 @@ def _flash_attention_fwd_kernel(
         inverse = tl.div_rn(1.0, tl.load(out_scale_ptr))
         acc, _ = round_to_int8(acc.to(q.dtype).to(tl.float32), inverse, CLAMP=True)
     store_frames(out_ptr, offs_m, stride_ot, acc, T, D, BLOCK_D)
-
-
-def empty_heads(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized [B, H, T, D] in memory order [B, T, H, D], as the op's fake has it."""
-    _, H, T, D = q.shape
-    strides = (T * H * D, D, H * D, 1)
-    return torch.empty_strided(q.shape, strides, dtype=dtype or q.dtype, device=q.device)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ class FusedLayer(Swapped):
         """Whether what this layer alone has, or is given, can be fused, too."""
         return True
 
-    def _uses_our_attention(self) -> bool:
-        config = getattr(self._parts().attention.module, "config", None)
+    def _uses_our_attention(self, attention: Any) -> bool:
+        config = getattr(attention, "config", None)
         return getattr(config, "_attn_implementation", None) == "lowbit"
 
     def _lengths(self, mask: Tensor | None, **_: Any) -> Tensor | None:
@@ -244,7 +244,7 @@ def _is_served(
         return False
     attention, blocks, norms, others = parts
     is_padding_mask = mask is None or (mask.dim() == 2 and not mask.is_floating_point())
-    if not layer._uses_our_attention() or not is_padding_mask:
+    if not layer._uses_our_attention(attention.module) or not is_padding_mask:
         return False
     linears = (attention.output, *(each for b in blocks for each in (b.first, b.second)))
     activations = [b.activation for b in blocks if isinstance(b.activation, nn.Module)]

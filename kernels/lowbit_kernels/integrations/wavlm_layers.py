@@ -24,7 +24,7 @@ class _WavLMLayer(FusedLayer):
 
     _is_gated = True
 
-    def _uses_our_attention(self) -> bool:
+    def _uses_our_attention(self, attention: Any) -> bool:
         return True
 
     def _fits(self, **_: Any) -> bool:
