@@ -291,7 +291,7 @@ def test_config_survives_json(config):
         (lambda: QuantConfig(skip="lm_head"), "skip must be a sequence of patterns"),
         (lambda: QuantConfig(skip=5), "skip must be a sequence of patterns, got 5"),
         (lambda: QuantConfig(overrides={"a": 4}), r"overrides\['a'\] must be a QuantSpec or None"),
-        (lambda: QuantConfig(attention_matmuls="int4"), "attention_matmuls must be None"),
+        (lambda: QuantConfig(attention_matmuls="int3"), "attention_matmuls must be None or one of"),
         (lambda: QuantConfig.from_dict({"default": {}, "bitz": 4}), "bitz"),
         (lambda: QuantConfig.from_dict({"skip": []}), r"must have a 'default', got \['skip'\]"),
     ],

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lowbit_kernels.conversion import adapt, exposed, finish
 from lowbit_kernels.conversion.layer_names import LayerTable, alike
+from lowbit_kernels.conversion.matmuls import add_matmuls, matmuls_of
 from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import FORMAT_VERSION, QuantConfig, QuantSpec
@@ -118,6 +119,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "rebuild": rebuild.describe(model),
         "layers": layers,
         "fuse": is_fused(model),
+        "attention_matmuls": matmuls_of(model),
         "weights": {"file": weights.name, "sha256": _sha256(weights), "aliases": aliases},
     }
     manifest["sha256"] = _manifest_hash(manifest)
@@ -157,14 +159,16 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
             )
         target = rebuild.build(manifest["rebuild"]).eval()
     with exposed(target, manifest["layers"]):
+        add_matmuls(target, manifest.get("attention_matmuls"))
         skeletons = _skeletons(target, manifest["layers"], directory / MANIFEST)
         _check_fit(target, skeletons, state, directory / manifest["weights"]["file"])
         for name, layer in skeletons.items():
             target.set_submodule(name, layer)
     adapt(target)
     target.load_state_dict(state)
-    spec = next(iter(skeletons.values())).spec
-    finish(target, QuantConfig(spec, fuse=manifest.get("fuse", False)))
+    spec, matmuls = next(iter(skeletons.values())).spec, manifest.get("attention_matmuls")
+    fuse = manifest.get("fuse", False)
+    finish(target, QuantConfig(spec, fuse=fuse, attention_matmuls=matmuls))
     return target
 
 

@@ -49,11 +49,28 @@ INFERENCE = [
 ]
 
 
+# with low-bit probabilities, all kernels but the plain forward
+LOW_BIT = [
+    ("bf16", 64, None, False),
+    ("bf16", 128, None, False),
+    ("bf16", 256, None, False),
+    ("bf16", 64, "dense", False),
+    ("bf16", 64, "relative", False),
+    ("bf16", 64, None, True),
+    ("fp16", 36, "offset", True),
+    ("bf16", 81, "relative", True),
+    ("fp32", 64, None, False),
+    ("fp32", 64, "relative", True),
+    ("fp32", 256, "dense", True),
+]
+LOW_BIT_KERNELS = ("low_bit", "low_bit_delta", "backward_dq", "backward_dkdv", "offsets")
+
+
 def is_served(kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool) -> bool:
     """Whether the kernel has such a problem."""
     if kind not in ("offset", "relative"):
         return kernel != "offsets"
-    return dtype != "fp32" or kernel == "forward" or head_dim <= MAX_FP32_HEAD_DIM
+    return dtype != "fp32" or kernel in ("forward", "low_bit") or head_dim <= MAX_FP32_HEAD_DIM
 
 
 def load_kernel(kernel: str) -> Callable[[], Any]:
@@ -62,6 +79,7 @@ def load_kernel(kernel: str) -> Callable[[], Any]:
             backward_kernel,
             forward_kernel,
             gate_kernel,
+            low_bit_kernel,
             offsets_kernel,
         )
 
@@ -71,6 +89,8 @@ def load_kernel(kernel: str) -> Callable[[], Any]:
             "backward_dq": backward_kernel._flash_attention_bwd_dq_kernel,
             "backward_dkdv": backward_kernel._flash_attention_bwd_dkdv_kernel,
             "offsets": offsets_kernel._flash_attention_bwd_offsets_kernel,
+            "low_bit": low_bit_kernel._low_bit_attention_fwd_kernel,
+            "low_bit_delta": low_bit_kernel._low_bit_attention_delta_kernel,
             "position_gate": gate_kernel._position_gate_kernel,
         }[kernel]
 
@@ -83,15 +103,20 @@ def strides(names: str) -> dict[str, str]:
 
 def scores_case(
     target: str, kernel: str, dtype: str, head_dim: int, kind: str | None, everything: bool,
-    inference: bool = False,
+    inference: bool = False, bits: int = 0,
 ) -> AotCase:  # fmt: skip
     config = default_config(
-        kernel, head_dim, DTYPES[dtype], kind, everything, GPUS[target].program_shared_bytes
-    )
+        "forward" if kernel == "low_bit" else kernel, head_dim, DTYPES[dtype], kind,
+        everything, GPUS[target].program_shared_bytes,
+    )  # fmt: skip
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}
     pointers |= {"lengths_ptr": "*i64", "lse_ptr": "*fp32"}
     head_strides = strides("qb qh qt kb kh kt vb vh vt ob oh ot")
     constants: dict[str, Any] = {"KIND": kind}
+    if bits:
+        pointers["step_ptr"], constants["HIGH"] = "*fp32", 2**bits - 1
+    elif kernel != "forward":
+        constants |= {"step_ptr": None, "HIGH": 0}
     signature = {"H": "i32", "T": "i32", "scale": "fp32", "dropout_p": "fp32", "largest": "i32"}
     if everything:
         pointers["seed_ptr"] = "*i64"
@@ -109,18 +134,23 @@ def scores_case(
         else:
             constants[f"{name}_ptr"] = None
     gradients = {
-        "forward": "", "backward_dkdv": "dk dv",
+        "forward": "", "backward_dkdv": "dk dv", "low_bit": "", "low_bit_delta": "",
         "backward_dq": {"dense": "dq dtable", "relative": "dq drows"}.get(str(kind), "dq"),
         "offsets": "dtable",
     }[kernel].split()  # fmt: skip
     if kernel == "forward":
         pointers["out_ptr"] = "*i8" if inference else f"*{dtype}"
+    elif kernel == "low_bit":
+        pointers["out_ptr"] = f"*{dtype}"
     else:
         pointers |= {"grad_ptr": f"*{dtype}", "delta_ptr": "*fp32"}
         head_strides |= strides("gb gh gt")
     pointers |= {f"{name}_ptr": f"*{dtype}" for name in gradients}
     if "dtable" in gradients:
         pointers["dtable_ptr"] = "*fp32"
+    if kernel == "low_bit_delta":
+        pointers["dstep_ptr"] = "*fp32"
+        head_strides = {n: t for n, t in head_strides.items() if not n.startswith("stride_o")}
     if kernel == "backward_dq":
         if kind == "offset":
             pointers["drows_ptr"] = "*fp32"
@@ -140,6 +170,7 @@ def scores_case(
     if kind == "relative":
         multiples += strides("ab ah aq rb rh rt")
     terms = (f"-{kind}" if kind else "") + "-everything" * everything + "-inference" * inference
+    terms += f"-{bits}bit" if bits else ""
     # sm_90's wgmma takes 64 rows a warp group; a band of offsets has as many as queries and keys
     rows = config.block_n if kernel == "backward_dkdv" else config.block_m
     rows *= 2 if kernel == "backward_dkdv" and kind == "relative" else 1
@@ -199,5 +230,12 @@ CASES = [
         scores_case(target, "forward", *problem, everything=False, inference=True)
         for target in GPUS
         for problem in INFERENCE
+    ),
+    *(
+        scores_case(target, kernel, *problem, bits=8)
+        for target in GPUS
+        for kernel in LOW_BIT_KERNELS
+        for problem in LOW_BIT
+        if is_served(kernel, *problem)
     ),
 ]

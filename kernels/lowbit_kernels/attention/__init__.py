@@ -2,6 +2,7 @@
 
 from lowbit_kernels.attention.blocks import block_attention
 from lowbit_kernels.attention.dispatch import Backend, backend_of
+from lowbit_kernels.attention.low_bit_op import low_bit_attention
 from lowbit_kernels.attention.op import attend_int8, flash_attention
 from lowbit_kernels.attention.position import (
     BucketedBias,
@@ -24,4 +25,5 @@ __all__ = [
     "block_attention",
     "flash_attention",
     "flash_attention_reference",
+    "low_bit_attention",
 ]

@@ -25,7 +25,9 @@ from lowbit_kernels.attention.scores_kernel import (
     load_frames,
     load_length,
     load_offsets,
+    load_step,
     offsets_of_keys,
+    round_probs,
     score_ptrs,
     scores_of_offsets,
     store_frames,
@@ -55,15 +57,16 @@ def _flash_attention_bwd_delta_kernel(
 
 @triton.jit(do_not_specialize=["T", "window", "largest"])
 def _flash_attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, step_ptr, grad_ptr, lse_ptr,
+    delta_ptr,
     dq_ptr, dtable_ptr, drows_ptr,
     H, T, window, scale, dropout_p, largest,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
     stride_rb, stride_rh, stride_rt, stride_gb, stride_gh, stride_gt,
     stride_ob, stride_oh, stride_ot,
-    KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    KIND: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     IS_RELATIVE: tl.constexpr = KIND == "relative"
     D_IN: tl.constexpr = (D + PAD_TO - 1) // PAD_TO * PAD_TO
@@ -81,6 +84,9 @@ def _flash_attention_bwd_dq_kernel(
         )
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    if step_ptr is not None:
+        step = load_step(step_ptr)
+        inverse = tl.div_rn(1.0, step)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_frames(q_ptr, offs_m, stride_qt, length, D_IN, BLOCK_D)
@@ -122,6 +128,9 @@ def _flash_attention_bwd_dq_kernel(
         if seed_ptr is not None:
             keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
             grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
+        if step_ptr is not None:
+            # what was cut off has no gradient
+            grad_probs = tl.where(probs * inverse <= HIGH, grad_probs, 0.0)
         grad_scores = probs * (grad_probs - delta[:, None])
         if dtable_ptr is not None:
             ptrs = score_ptrs(dtable_ptr + row * T, start_m, start_n, offs_q, offs_k, T, 1)
@@ -149,15 +158,16 @@ def _flash_attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=["T", "window", "largest"])
 def _flash_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, step_ptr, grad_ptr, lse_ptr,
+    delta_ptr,
     dk_ptr, dv_ptr,
     H, T, window, scale, dropout_p, largest,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
     stride_rb, stride_rh, stride_rt, stride_gb, stride_gh, stride_gt,
     stride_ob, stride_oh, stride_ot,
-    KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    KIND: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     IS_RELATIVE: tl.constexpr = KIND == "relative"
     D_IN: tl.constexpr = (D + PAD_TO - 1) // PAD_TO * PAD_TO
@@ -177,6 +187,9 @@ def _flash_attention_bwd_dkdv_kernel(
         rows_ptr += b * stride_rb + h * stride_rh
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    if step_ptr is not None:
+        step = load_step(step_ptr)
+        inverse = tl.div_rn(1.0, step)
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_frames(k_ptr, offs_n, stride_kt, length, D_IN, BLOCK_D)
@@ -212,12 +225,17 @@ def _flash_attention_bwd_dkdv_kernel(
         probs = tl.where(mask, tl.exp2(scores - lse[None, :]), 0.0)
         grad_probs = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)
         dropped = probs
+        if step_ptr is not None:
+            dropped = round_probs(probs, inverse, HIGH) * step
         if seed_ptr is not None:
             keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
-            dropped = tl.where(keep, probs / (1.0 - dropout_p), 0.0)
+            dropped = tl.where(keep, dropped / (1.0 - dropout_p), 0.0)
             grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
         delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
+        if step_ptr is not None:
+            # what was cut off has no gradient
+            grad_probs = tl.where(probs * inverse <= HIGH, grad_probs, 0.0)
         grad_scores = probs * (grad_probs - delta[None, :])
         dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
 
@@ -230,12 +248,24 @@ def _flash_attention_bwd_dkdv_kernel(
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def _row_sums(out: Tensor, grad_out: Tensor, block_d: int) -> Tensor:
+    """The output times its gradient, summed over the features: [B, H, T]."""
+    B, H, T, D = out.shape
+    delta = torch.empty(B, H, T, device=out.device, dtype=torch.float32)
+    block_m = 64
+    _flash_attention_bwd_delta_kernel[(triton.cdiv(T, block_m) * B * H,)](
+        out, grad_out, delta, H, T, *out.stride()[:3], *grad_out.stride()[:3],
+        D=D, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
 def flash_attention_backward_triton(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     lengths: Tensor | None,
     scheme: Scheme | None,
@@ -244,8 +274,12 @@ def flash_attention_backward_triton(
     scale: float,
     dropout_p: float,
     needs_table: bool,
+    low_bit: tuple[Tensor, int, Tensor] | None = None,
 ) -> Gradients:
     """Launch the kernels on tensors of the forward. op.py has checked the inputs.
+
+    ``low_bit``: where probabilities were rounded, instead of out, the distance of their levels, the
+    highest one, and each row's sum of the probabilities times their gradient [B, H, T].
 
     Returns:
         The gradients of q, k, v, and of the scheme's table and rows: [0] where there are none, or
@@ -267,14 +301,13 @@ def flash_attention_backward_triton(
         problem = (D, q.dtype, kind, seed is not None, shared_bytes(q.device))
         dq_config = default_config("backward_dq", *problem)
         dkdv_config = default_config("backward_dkdv", *problem)
-        delta = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
-        block_m = 64
-        _flash_attention_bwd_delta_kernel[(triton.cdiv(T, block_m) * B * H,)](
-            out, grad_out, delta, H, T, *out.stride()[:3], *grad_out.stride()[:3],
-            D=D, BLOCK_D=dq_config.block_d, BLOCK_M=block_m, num_warps=4,
-        )  # fmt: skip
+        if low_bit is None:
+            assert out is not None, "the forward's"
+            step, high, delta = None, 0, _row_sums(out, grad_out, dq_config.block_d)
+        else:
+            step, high, delta = low_bit
         of_scheme, largest, strides = scheme_arguments(scheme, q)
-        tensors = (q, k, v, lengths, *of_scheme, seed, grad_out, lse, delta)
+        tensors = (q, k, v, lengths, *of_scheme, seed, step, grad_out, lse, delta)
         options = (H, T, None if window is None else min(window, T), scale, dropout_p, largest)
         strides = (
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *grad_out.stride()[:3],
@@ -282,18 +315,18 @@ def flash_attention_backward_triton(
         _flash_attention_bwd_dq_kernel[(triton.cdiv(T, dq_config.block_m) * B * H,)](
             *tensors, dq, dtable if needs_dense else None, drows if has_rows else None,
             *options, *strides, *dq.stride()[:3],
-            KIND=kind, D=D, BLOCK_D=dq_config.block_d, BLOCK_M=dq_config.block_m,
+            KIND=kind, D=D, HIGH=high, BLOCK_D=dq_config.block_d, BLOCK_M=dq_config.block_m,
             BLOCK_N=dq_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
         )  # fmt: skip
         _flash_attention_bwd_dkdv_kernel[(triton.cdiv(T, dkdv_config.block_n) * B * H,)](
             *tensors, dk, dv, *options, *strides, *dq.stride()[:3],
-            KIND=kind, D=D, BLOCK_D=dkdv_config.block_d, BLOCK_M=dkdv_config.block_m,
+            KIND=kind, D=D, HIGH=high, BLOCK_D=dkdv_config.block_d, BLOCK_M=dkdv_config.block_m,
             BLOCK_N=dkdv_config.block_n, INPUT_PRECISION=input_precision(q.dtype),
             num_warps=dkdv_config.num_warps, num_stages=dkdv_config.num_stages,
         )  # fmt: skip
         if scheme is not None and needs_table and not needs_dense:
-            dtable = offsets_gradient_triton(B, tensors, scheme, options, strides, problem)
+            dtable = offsets_gradient_triton(B, tensors, scheme, options, strides, problem, high)
     if scheme is not None and scheme.rows is not None:
         drows = drows.to(scheme.rows.dtype)
     if scheme is not None and needs_table:

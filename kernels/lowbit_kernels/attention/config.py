@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Kernel = Literal["forward", "backward_dq", "backward_dkdv", "offsets"]
+Kernel = Literal["forward", "backward_dq", "backward_dkdv", "offsets", "low_bit_delta"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ _SMALL = {
 _FP32 = {
     "forward": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     "backward_dq": {64: (32, 16, 8, 2), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
-    "backward_dkdv": {64: (32, 32, 8, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "backward_dkdv": {64: (16, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
 # of tables of offsets, as many queries as keys: block, num_warps, num_stages
 _RELATIVE_LARGE = {
@@ -106,6 +106,8 @@ def default_config(
         shared_bytes: the shared memory that one program may use.
     """
     is_fp32 = dtype == torch.float32
+    if kernel == "low_bit_delta":
+        kernel = "backward_dq" if is_fp32 else "forward"
     # tl.dot takes powers of two, 16 at least
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     if kind == "relative" or kernel == "offsets":

@@ -24,6 +24,7 @@ from lowbit_kernels.attention.scores_kernel import (
     load_frames,
     load_length,
     load_offsets,
+    load_step,
     store_frames,
     table_of,
     take_flat,
@@ -46,14 +47,15 @@ def _of_offsets(
 
 @triton.jit(do_not_specialize=["T", "window", "largest"])
 def _flash_attention_bwd_offsets_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, rows_ptr, seed_ptr, step_ptr, grad_ptr, lse_ptr,
+    delta_ptr,
     dtable_ptr,
     H, T, window, scale, dropout_p, largest,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
     stride_rb, stride_rh, stride_rt, stride_gb, stride_gh, stride_gt,
-    KIND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    KIND: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     IS_RELATIVE: tl.constexpr = KIND == "relative"
     D_IN: tl.constexpr = (D + PAD_TO - 1) // PAD_TO * PAD_TO
@@ -72,6 +74,9 @@ def _flash_attention_bwd_offsets_kernel(
         rows_ptr += b * stride_rb + h * stride_rh
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    if step_ptr is not None:
+        step = load_step(step_ptr)
+        inverse = tl.div_rn(1.0, step)
 
     line = tl.arange(0, BLOCK)
     first = chunk * BLOCK - largest
@@ -119,6 +124,9 @@ def _flash_attention_bwd_offsets_kernel(
         if seed_ptr is not None:
             keep = kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T)
             grad_probs = tl.where(keep, grad_probs / (1.0 - dropout_p), 0.0)
+        if step_ptr is not None:
+            # what was cut off has no gradient
+            grad_probs = tl.where(probs * inverse <= HIGH, grad_probs, 0.0)
         grad_scores = probs * (grad_probs - delta[:, None])
         if IS_RELATIVE:
             dtable = tl.dot(
@@ -144,17 +152,19 @@ def offsets_gradient_triton(
     options: tuple[Any, ...],
     strides: tuple[int, ...],
     problem: tuple[Any, ...],
+    high: int,
 ) -> Tensor:
     """The gradient of a scheme's table, fp32, of the table's shape.
 
     Args:
         batch: B.
-        tensors: q, k, v, lengths, table, rows, seed, the output's gradient, lse and delta, as the
-            other kernels of the backward take them.
+        tensors: q, k, v, lengths, table, rows, seed, step, the output's gradient, lse and delta, as
+            the other kernels of the backward take them.
         scheme: of kind ``"offset"`` or ``"relative"``.
         options: of those kernels, from H on.
         strides: of those kernels, those of their results left out.
         problem: D, dtype, kind, whether there is dropout, and the GPU's shared memory.
+        high: the highest level of low-bit probabilities, or 0.
     """
     (D, dtype, kind, *_), H = problem, options[0]
     num_offsets = scheme.table.shape[1]
@@ -166,7 +176,7 @@ def offsets_gradient_triton(
     grid = (triton.cdiv(num_offsets, config.block_n) * batch * H,)
     _flash_attention_bwd_offsets_kernel[grid](
         *tensors, parts, *options, *strides,
-        KIND=kind, D=D, BLOCK_D=config.block_d, BLOCK=config.block_n,
+        KIND=kind, D=D, HIGH=high, BLOCK_D=config.block_d, BLOCK=config.block_n,
         INPUT_PRECISION=input_precision(dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -81,7 +81,7 @@ def _cpu_native(q: Tensor) -> bool:
     return q.dtype != torch.float64
 
 
-def _cpu_keep(q: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
+def dropout_keep(q: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
     """The dropout mask of this seed, divided by the probability to keep."""
     if seed is None:
         return None
@@ -129,7 +129,7 @@ def _attend_cpu(
         return empty_heads(q), q.new_empty(q.shape[:3], dtype=wide)
     if scheme is not None:
         q, scheme = scheme.with_rows(q)
-    bias = _cpu_scores(q, scheme, scale)
+    bias = scheme_scores(q, scheme, scale)
     if _cpu_native(q):
         drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
         native = attention_cpu(q, k, v, lengths, bias, window, scale, *drop)
@@ -139,7 +139,7 @@ def _attend_cpu(
     if seed is not None:
         result, lse = flash_attention_reference(
             q.to(wide), k.to(wide), v.to(wide), lengths, bias, window, scale,
-            _cpu_keep(q, seed, dropout_p),
+            dropout_keep(q, seed, dropout_p),
         )  # fmt: skip
         return out.copy_(result), lse
     # what F.scaled_dot_product_attention runs on a CPU, called by name for its second output
@@ -159,7 +159,7 @@ def _attend_cpu(
 def _cpu_backward(*args: Any) -> Gradients:
     grad_out, q, k, v, out, lse, *rest, needs = args
     *_, lengths, scheme, seed, window, scale, dropout_p, _ = _unpack(q, k, v, *rest)
-    bias = _cpu_scores(q, scheme, scale)
+    bias = scheme_scores(q, scheme, scale)
     needs_scores = scheme is not None and (needs or scheme.rows is not None)
     if _cpu_native(q):
         drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
@@ -168,24 +168,24 @@ def _cpu_backward(*args: Any) -> Gradients:
         )
         if native is not None:
             dq, dk, dv, grad_scores = native
-            return dq, dk, dv, *_cpu_gradients(q, grad_scores, scheme, scale, needs)
+            return dq, dk, dv, *scheme_gradients(q, grad_scores, scheme, scale, needs)
     wide = torch.promote_types(q.dtype, torch.float32)
     *grads, grad_scores = flash_attention_backward_reference(
         grad_out.to(wide), q.to(wide), k.to(wide), v.to(wide), out.to(wide),
-        lengths, bias, window, scale, _cpu_keep(q, seed, dropout_p),
+        lengths, bias, window, scale, dropout_keep(q, seed, dropout_p),
     )  # fmt: skip
     dq, dk, dv = (empty_heads(q).copy_(grad) for grad in grads)
-    return dq, dk, dv, *_cpu_gradients(q, grad_scores, scheme, scale, needs)
+    return dq, dk, dv, *scheme_gradients(q, grad_scores, scheme, scale, needs)
 
 
-def _cpu_scores(q: Tensor, scheme: Scheme | None, scale: float) -> Tensor | None:
+def scheme_scores(q: Tensor, scheme: Scheme | None, scale: float) -> Tensor | None:
     """What the scheme adds to the scores, materialized, in fp32 unless it is a tensor already."""
     if scheme is None or scheme.kind == "dense":
         return None if scheme is None else scheme.table
     return scheme.to(torch.promote_types(q.dtype, torch.float32)).scores(q.shape[2], scale)
 
 
-def _cpu_gradients(
+def scheme_gradients(
     q: Tensor, grad_scores: Tensor | None, scheme: Scheme | None, scale: float, needs_table: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scheme's table and rows; [0] where there is none, or it is not needed."""

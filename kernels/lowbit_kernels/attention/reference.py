@@ -32,7 +32,7 @@ def attention_mask(
     return allowed
 
 
-def _attention_probs(
+def attention_probs(
     q: Tensor,
     k: Tensor,
     lengths: Tensor | None,
@@ -78,7 +78,7 @@ def flash_attention_reference(
         out: [B, H, T, D]; 0 for a query with nothing to attend to.
         lse: [B, H, T], the logarithm of the softmax's denominator; 0 for such a query.
     """
-    probs, lse = _attention_probs(q, k, lengths, bias, window, scale)
+    probs, lse = attention_probs(q, k, lengths, bias, window, scale)
     return (probs if keep is None else probs * keep.to(probs.dtype)) @ v, lse
 
 
@@ -111,7 +111,7 @@ def flash_attention_backward_reference(
     Returns:
         The gradients of q, k and v, [B, H, T, D], and of the scores, [B, H, T, T].
     """
-    probs, _ = _attention_probs(q, k, lengths, bias, window, scale)
+    probs, _ = attention_probs(q, k, lengths, bias, window, scale)
     grad_probs = grad_out @ v.transpose(-1, -2)
     dropped = probs
     if keep is not None:

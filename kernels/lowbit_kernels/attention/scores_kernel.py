@@ -16,10 +16,13 @@ largest offset of a table.
 import triton
 import triton.language as tl
 
+from lowbit_kernels.attention.low_bit_reference import MIN_STEP
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # inputs have so many features, or a multiple, and zeros past D: whole loads of 16 bytes
 PAD_TO = tl.constexpr(16)
 LN_2 = tl.constexpr(0.6931471805599453)
+_MIN_STEP = tl.constexpr(MIN_STEP)
 
 
 @triton.jit
@@ -164,3 +167,14 @@ def kept_by_dropout(seed, dropout_p, bh, offs_q, offs_k, T):
     # a function of the position alone, so that every kernel draws the same mask
     random, _, _, _ = tl.philox(seed, offs_q * T + offs_k, bh, 0, 0)
     return tl.uint_to_uniform_float(random) >= dropout_p
+
+
+@triton.jit
+def load_step(step_ptr):
+    return tl.maximum(tl.load(step_ptr).to(tl.float32), _MIN_STEP)
+
+
+@triton.jit
+def round_probs(probs, inverse, HIGH: tl.constexpr):
+    # the nearest of the levels 0 to HIGH, half to even: 1.5 * 2 ** 23 leaves no bits for a fraction
+    return (tl.minimum(probs * inverse, HIGH) + 12582912.0) - 12582912.0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_kernels.conversion.calibrate import evaluating, observe_input_scales
 from lowbit_kernels.conversion.expose import exposed
+from lowbit_kernels.conversion.matmuls import remove_matmuls
 from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patterns
 from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, OFFSETS, finish
@@ -64,7 +65,8 @@ def quantize(
         ValueError: for a wrong argument, a weight that is not finite, a model that is itself the
             layer or whose layers lie on several devices, or a static scale without calibration; the
             model is unchanged.
-        NotImplementedError: for input kinds that this version does not compute with.
+        NotImplementedError: for input kinds that this version does not compute with, or a config
+            with ``attention_matmuls``.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, got a {type(model).__name__}")
@@ -72,6 +74,11 @@ def quantize(
     if deterministic:
         config = _deterministic(config)
     config = dataclasses.replace(config, fuse=config.fuse or fuse)
+    if config.attention_matmuls is not None:
+        raise NotImplementedError(
+            "attention_matmuls have learned scales: prepare_qat serves them, quantize only None, "
+            f"got {config.attention_matmuls!r}"
+        )
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if isinstance(calibration, str | Mapping) or not isinstance(calibration, Iterable | None):
@@ -135,6 +142,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for adapter in (*ADAPTERS, *EXPOSERS):
             replace_modules(model, {module: adapter.restore(module)})
+    remove_matmuls(model)
     finish(model, None)
     return model
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from lowbit_kernels.conversion.convert import _as_config, _bytes, _check_layers, _report, adapt
 from lowbit_kernels.conversion.expose import exposed
+from lowbit_kernels.conversion.matmuls import add_matmuls, find_attention
 from lowbit_kernels.conversion.naming import naming
 from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patterns
 from lowbit_kernels.conversion.registry import finish
@@ -25,7 +26,8 @@ def prepare_qat(
     """Put training twins in the place of a model's linear layers and convolutions, in place.
 
     The twins share the parameters of the layers and add learned scales: make the optimizer
-    afterwards. Then train, and call ``convert``.
+    afterwards. Then train, and call ``convert``. With ``config.attention_matmuls`` the products of
+    attention are in low bits, too (``LowBitMatmuls``), with learned scales, and stay so.
 
     Args:
         model: any module.
@@ -47,8 +49,15 @@ def prepare_qat(
         plan = make_plan(model, config)
         chosen = [decision for decision in plan if decision.spec is not None]
         _check_layers(chosen)
+        if config.attention_matmuls is not None:
+            find_attention(model)
+            if quantizer == "ste":
+                raise NotImplementedError(
+                    "attention_matmuls are learned by quantizer 'lsq' or 'elastic', got 'ste'"
+                )
         twins = {d.module: _twin(d, quantizer) for d in chosen}
         replace_modules(model, twins)
+        add_matmuls(model, config.attention_matmuls, quantizer)
         if twins:
             adapt(model)
             setattr(model, _CONFIG, config)

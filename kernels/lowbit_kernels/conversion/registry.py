@@ -28,7 +28,21 @@ class Adapter:
     restore: Callable[[nn.Module], nn.Module]
 
 
+@dataclass(frozen=True)
+class AttentionModules:
+    """Attention modules that call ``modules.attend``.
+
+    Args:
+        find: those of a model; changes nothing.
+        use: makes the model call them.
+    """
+
+    find: Callable[[nn.Module], list[nn.Module]]
+    use: Callable[[nn.Module], None]
+
+
 ADAPTERS: list[Adapter] = []
+ATTENTIONS: list[AttentionModules] = []
 # adapters that must act before a plan is made: they turn raw weights into layers, or make a module
 # call the layers that calibration watches
 EXPOSERS: list[Adapter] = []

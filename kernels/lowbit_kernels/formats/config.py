@@ -18,6 +18,9 @@ DEFAULT_SKIP = (
     r"(^|\.)gru_rel_pos_linear$",
 )
 
+# what attention_matmuls may be
+ATTENTION_BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -28,7 +31,8 @@ class QuantConfig:
         overrides: regular expressions, searched in the module's dotted name, to a spec, or to
             ``None`` (leave in float). The first match wins, and wins over ``skip``.
         skip: regular expressions of modules to leave in float: heads, codebooks, adapters.
-        attention_matmuls: low-bit q, k, v and probabilities, for training recipes; ``None`` here.
+        attention_matmuls: ``"int8"``, ``"int4"``, ``"int2"`` or ``"int1"``: low-bit q, k, v and
+            probabilities with learned scales, which ``prepare_qat`` serves; ``None``: float ones.
         fuse: whether encoder layers run in a handful of ops, see ``quantize``.
 
     Raises:
@@ -67,9 +71,10 @@ class QuantConfig:
                 )
         if not isinstance(self.fuse, bool):
             raise ValueError(f"fuse must be True or False, got {self.fuse!r}")
-        if self.attention_matmuls is not None:
+        if self.attention_matmuls not in (None, *ATTENTION_BITS):
             raise ValueError(
-                f"attention_matmuls must be None in this version, got {self.attention_matmuls!r}"
+                f"attention_matmuls must be None or one of {tuple(ATTENTION_BITS)}, "
+                f"got {self.attention_matmuls!r}"
             )
 
     @classmethod

@@ -6,10 +6,19 @@ Importing this module adds them to conversion's lists.
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from lowbit_kernels.conversion.registry import ADAPTERS, EXPOSERS, FINISHERS, OFFSETS, Adapter
+from lowbit_kernels.conversion.registry import (
+    ADAPTERS,
+    ATTENTIONS,
+    EXPOSERS,
+    FINISHERS,
+    OFFSETS,
+    Adapter,
+    AttentionModules,
+)
 from lowbit_kernels.formats import QuantConfig
 from lowbit_kernels.integrations import (
     conformer,
@@ -25,7 +34,14 @@ from lowbit_kernels.integrations import (
     wavlm,
     xvector,
 )
-from lowbit_kernels.integrations.class_swap import Swapped, is_stock, restore_class, swap_class
+from lowbit_kernels.integrations.class_swap import (
+    Swapped,
+    is_one_of,
+    is_stock,
+    restore_class,
+    swap_class,
+)
+from lowbit_kernels.integrations.fuse import FAMILIES
 
 _in_place = partial(Adapter, restore=restore_class)
 
@@ -55,6 +71,24 @@ def _tell_transformers(model: nn.Module, config: QuantConfig | None) -> str | No
     return None
 
 
+# whose forwards end in this library's attention: by the model's choice of it, or once swapped
+_ATTENTION = (
+    *(f"{family}Attention" for family in FAMILIES), "WavLMAttention", "ParakeetEncoderAttention",
+    "Wav2Vec2ConformerSelfAttention", "Wav2Vec2BertSelfAttention",
+)  # fmt: skip
+
+
+def _find_attention(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_one_of(module, *_ATTENTION)]
+
+
+def _use_attention(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("lowbit")
+
+
+ATTENTIONS.append(AttentionModules(_find_attention, _use_attention))
 ADAPTERS.extend([
     _in_place(front_end.matches_front_end, front_end.mask_front_end),
     _in_place(positional.matches_encoder, positional.mask_positions),

@@ -57,10 +57,14 @@ def is_stock(module: nn.Module | None, *names: str) -> bool:
         module: any module.
         *names: names of classes; a ``*`` in one stands for any characters.
     """
+    return not isinstance(module, Swapped) and is_one_of(module, *names)
+
+
+def is_one_of(module: nn.Module | None, *names: str) -> bool:
+    """Whether a module is of one of transformers' classes with these names, or was."""
     kind = type(module)
     known = any(fnmatchcase(kind.__name__, name) for name in names)
-    is_swapped = isinstance(module, Swapped)
-    return known and kind.__module__.startswith("transformers.") and not is_swapped
+    return known and kind.__module__.startswith("transformers.")
 
 
 def _subclass(mixin: type[Swapped], origin: type) -> Any:

@@ -20,10 +20,10 @@ from lowbit_kernels.integrations.encoder_layers import (
 )
 from lowbit_kernels.integrations.wavlm_layers import FusedWavLMLayer, FusedWavLMStableLayer
 
-_FAMILIES = ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "Data2VecAudio", "SEW")
+FAMILIES = ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "Data2VecAudio", "SEW")
 _MIXINS: dict[str, type[FusedLayer]] = {
-    **{f"{family}EncoderLayer": PostNormLayer for family in _FAMILIES},
-    **{f"{family}EncoderLayerStableLayerNorm": PreNormLayer for family in _FAMILIES},
+    **{f"{family}EncoderLayer": PostNormLayer for family in FAMILIES},
+    **{f"{family}EncoderLayerStableLayerNorm": PreNormLayer for family in FAMILIES},
     "WhisperEncoderLayer": WhisperLayer,
     "WavLMEncoderLayer": FusedWavLMLayer,
     "WavLMEncoderLayerStableLayerNorm": FusedWavLMStableLayer,

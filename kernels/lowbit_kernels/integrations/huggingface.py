@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit_kernels.conversion import adapt, dequantize, exposed, quantize
+from lowbit_kernels.conversion.matmuls import add_matmuls
 from lowbit_kernels.formats import QuantConfig
 from lowbit_kernels.integrations import checksum
 from lowbit_kernels.integrations.fuse import fuse_layers
@@ -45,6 +46,7 @@ class LowbitQuantizer(HfQuantizer):
         if files := kwargs.get("checkpoint_files"):
             checksum.check_files([Path(file) for file in files])
         with exposed(model):
+            add_matmuls(model, self.quantization_config.quant_config.attention_matmuls)
             place_skeletons(model, self.quantization_config.layers)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 

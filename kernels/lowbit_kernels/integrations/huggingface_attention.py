@@ -19,7 +19,8 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from lowbit_kernels.attention import DenseBias, flash_attention
+from lowbit_kernels.attention import DenseBias
+from lowbit_kernels.modules import attend
 
 NAME = "lowbit"
 
@@ -99,9 +100,10 @@ def lowbit_attention(
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
     position = None if bias is None else DenseBias(bias)
-    attended = flash_attention(
-        query, key, value, lengths=lengths, position=position, scale=scaling, dropout_p=dropout
-    )
+    attended = attend(
+        module, query, key, value, lengths=lengths, position=position, scale=scaling,
+        dropout_p=dropout,
+    )  # fmt: skip
     return attended.transpose(1, 2), None
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_kernels.attention import Position, RelativeKey, TransformerXL, flash_attention
+from lowbit_kernels.attention import Position, RelativeKey, TransformerXL
 from lowbit_kernels.integrations.class_swap import Swapped
+from lowbit_kernels.modules import attend
 
 
 class FusedRelativeAttention(Swapped):
@@ -42,8 +43,8 @@ class FusedRelativeAttention(Swapped):
         else:
             keys = self.linear_pos(relative_position_embeddings[0]).to(q.dtype)
             position = transformer_xl(self, keys)
-        out = flash_attention(
-            q, k, v, lengths=_lengths(attention_mask), position=position, scale=self.scaling,
+        out = attend(
+            self, q, k, v, lengths=_lengths(attention_mask), position=position, scale=self.scaling,
             dropout_p=self.dropout.p if self.training else 0.0,
         )  # fmt: skip
         return self.linear_out(out.transpose(1, 2).flatten(2)), None
@@ -84,8 +85,8 @@ class FusedParakeetAttention(Swapped):
         # the same for every utterance
         keys = self.relative_k_proj(position_embeddings[0]).to(q.dtype)
         keys = keys.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-        out = flash_attention(
-            q, k, v, lengths=_lengths(attention_mask), scale=self.scaling,
+        out = attend(
+            self, q, k, v, lengths=_lengths(attention_mask), scale=self.scaling,
             position=TransformerXL(keys, self.bias_u, self.bias_v),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )  # fmt: skip

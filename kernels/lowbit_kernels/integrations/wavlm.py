@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lowbit_kernels.attention import BucketedBias, flash_attention
+from lowbit_kernels.attention import BucketedBias
 from lowbit_kernels.integrations.class_swap import Swapped
+from lowbit_kernels.modules import attend
 
 
 class SharedBias(NamedTuple):
@@ -58,8 +59,8 @@ class FusedWavLMAttention(Swapped):
         )
         gate = gates(heads, self.gru_rel_pos_linear, self.gru_rel_pos_const)
         lengths = None if attention_mask is None else attention_mask.ne(0).sum(-1)
-        out = flash_attention(
-            q, k, v, lengths=lengths, position=BucketedBias(table, self.max_distance, gate),
+        out = attend(
+            self, q, k, v, lengths=lengths, position=BucketedBias(table, self.max_distance, gate),
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.out_proj(out.transpose(1, 2).flatten(2)), None, table

@@ -6,12 +6,14 @@ from lowbit_kernels.modules.conv1d import QConv1d, folded_weight, takes_offset
 from lowbit_kernels.modules.conv_module import ConvolutionModule
 from lowbit_kernels.modules.folded import FoldedLinear
 from lowbit_kernels.modules.linear import QLinear
+from lowbit_kernels.modules.low_bit_matmuls import LowBitMatmuls, attend
 from lowbit_kernels.modules.qat import QATConv1d, QATLinear
 from lowbit_kernels.modules.qat_base import QATModule, check_qat
 
 __all__ = [
     "ConvolutionModule",
     "FoldedLinear",
+    "LowBitMatmuls",
     "QATConv1d",
     "QATLinear",
     "QATModule",
@@ -19,6 +21,7 @@ __all__ = [
     "QConv1d",
     "QLinear",
     "QuantizedModule",
+    "attend",
     "check_qat",
     "check_spec",
     "folded_weight",

@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lowbit_kernels.attention import Position, flash_attention
+from lowbit_kernels.attention import Position
 from lowbit_kernels.formats import QuantSpec
 from lowbit_kernels.modules.linear import QLinear
+from lowbit_kernels.modules.low_bit_matmuls import attend
 
 
 class QAttention(nn.Module):
@@ -105,6 +106,6 @@ class QAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         dropout = self.dropout if self.training else 0.0
-        out = flash_attention(q, k, v, lengths=lengths, position=position, dropout_p=dropout)
+        out = attend(self, q, k, v, lengths=lengths, position=position, dropout_p=dropout)
         y: Tensor = self.out_proj(rearrange(out, "b h t d -> b t (h d)"))
         return y
