@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lowbit_kernels import device as cuda_device
+from lowbit_kernels.attention import low_bit_op
 from lowbit_kernels.attention import op as attention_op
 from lowbit_kernels.conv1d import cuda as conv1d_cuda
 from lowbit_kernels.conv1d import op as conv1d_op
@@ -83,13 +84,17 @@ def conv1d_cases():
         yield "conv1d_backward", conv1d_op._cuda_backward, backward
 
 
-def natural_attention(*args):
-    out, lse = attention_op._cuda(*args)
+def natural_attention(*args, op=attention_op):
+    out, lse = op._cuda(*args)
     return out, lse * math.log(2)  # each device keeps the logarithm that its kernels take
 
 
 def binary_attention_backward(*args):
     return attention_op._cuda_backward(*args[:5], args[5] / math.log(2), *args[6:])
+
+
+def binary_low_bit_backward(*args):
+    return low_bit_op._cuda_backward(*args[:4], args[4] / math.log(2), *args[5:])
 
 
 def attention_cases():
@@ -106,6 +111,12 @@ def attention_cases():
         yield "flash_attention", natural_attention, (q, k, v, *options)
         backward = (grad, q, k, v, out, lse, *options, True)
         yield "flash_attention_backward", binary_attention_backward, backward
+        options = (*options[:5], torch.tensor(0.03), 8, 0.25, 0.0, 3)
+        _, lse = torch.ops.lowbit.low_bit_attention(q, k, v, *options)
+        low_bit = partial(natural_attention, op=low_bit_op)
+        yield "low_bit_attention", low_bit, (q, k, v, *options)
+        backward = (grad, q, k, v, lse, *options, True)
+        yield "low_bit_attention_backward", binary_low_bit_backward, backward
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def reference(tensors, scheme, step, high, lengths, window, scale, keep=None, dt
     of_scheme = [] if scheme is None else [x for x in (scheme.table, scheme.rows) if x is not None]
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (*heads, step, *of_scheme)]
     bias = scheme and Scheme(scheme.kind, *leaves[4:]).scores(heads[0].shape[2], scale)
-    out = low_bit_attention_reference(
+    out, _ = low_bit_attention_reference(
         *leaves[:3], lengths, bias, window, scale, leaves[3], high, keep
     )
     gradients = list(torch.autograd.grad(out, leaves, grad.to(out.dtype)))
@@ -238,7 +238,7 @@ def test_gradients_reach_everything(dtype, device):
         bias = Scheme("relative", position.keys, of_offsets).scores(T, D**-0.5)
         return low_bit_attention_reference(
             content, k, v, lengths, bias, None, D**-0.5, step, 2**bits - 1
-        )
+        )[0]
 
     def rounded(x):
         # a sum of tensors of this dtype is of this dtype

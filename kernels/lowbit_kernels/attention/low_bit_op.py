@@ -81,9 +81,8 @@ def _on_cpu(
 @torch.library.impl("lowbit::low_bit_attention", "cpu")
 def _cpu(q: Tensor, k: Tensor, v: Tensor, *packed: Any) -> tuple[Tensor, Tensor]:
     wide, arguments = _on_cpu(q, *_unpack(*packed))
-    out = low_bit_attention_reference(q.to(wide), k.to(wide), v.to(wide), *arguments)
-    # the gradient's reference computes its own softmax
-    return empty_heads(q).copy_(out), q.new_zeros(q.shape[:3], dtype=wide)
+    out, lse = low_bit_attention_reference(q.to(wide), k.to(wide), v.to(wide), *arguments)
+    return empty_heads(q).copy_(out), lse
 
 
 @torch.library.impl("lowbit::low_bit_attention_backward", "cpu")

@@ -23,7 +23,7 @@ def gradient_factor(q: Tensor, high: int) -> float:
 def low_bit_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bias: Tensor | None,
     window: int | None, scale: float, step: Tensor, high: int, keep: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with rounded probabilities, all materialized. Differentiable by autograd.
 
     The gradient passes the rounding straight through where a probability is at most
@@ -42,14 +42,15 @@ def low_bit_attention_reference(
         keep: [B, H, T, T], the dropout mask divided by the probability to keep, or None.
 
     Returns:
-        [B, H, T, D]; 0 for a query with nothing to attend to.
+        out: [B, H, T, D]; 0 for a query with nothing to attend to.
+        lse: [B, H, T], the logarithm of the softmax's denominator; 0 for such a query.
     """
-    probs, _ = attention_probs(q, k, lengths, bias, window, scale)
+    probs, lse = attention_probs(q, k, lengths, bias, window, scale)
     step = step.to(probs.dtype).clamp_min(MIN_STEP)
     level = (probs * (1 / step)).clamp(max=high)
     level = level + (level.round() - level).detach()
     weights = level * step
-    return (weights if keep is None else weights * keep.to(probs.dtype)) @ v
+    return (weights if keep is None else weights * keep.to(probs.dtype)) @ v, lse
 
 
 def low_bit_attention_backward_reference(
