@@ -82,7 +82,8 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def exact_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Of a float model with the same weights, in fp64: int8 rows differ by their rounding."""
     double = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-    return logits(dequantize(copy.deepcopy(model)).double(), double)
+    # in fp64 first, or the weights would be rounded to 16 bits
+    return logits(dequantize(copy.deepcopy(model).double()).double(), double)
 
 
 def layers_of(model: nn.Module) -> list[Any]:

@@ -18,6 +18,7 @@ SHAPES = [  # B, H, T, D, lengths, window, shape of the bias
     pytest.param(3, 1, 37, 16, (37, 0, 1), None, (1, 1, 37, 37), id="length-0-and-1"),
     pytest.param(1, 3, 5, 81, None, None, None, id="odd-head"),
     pytest.param(1, 1, 130, 49, (101,), 7, None, id="window"),
+    pytest.param(1, 1, 150, 16, (140,), 66, None, id="window-of-whole-tiles"),
     pytest.param(2, 2, 33, 5, None, None, (1, 2, 33, 33), id="bias-over-batch"),
     pytest.param(2, 2, 33, 16, (20, 33), 3, (2, 1, 33, 33), id="bias-over-heads"),
     pytest.param(2, 2, 20, 16, None, None, (2, 2, 1, 20), id="bias-over-queries"),

@@ -64,6 +64,31 @@ def test_kernel_adds_as_torch_does(B, H, T, D, lengths, window, name, dtype, bia
     assert torch.equal(actual[1], expected[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("positions", "left"), [(7, 4), (1, 0), (5, 0), (200, 90)])
+@pytest.mark.parametrize(("B", "H", "T", "D", "lengths", "window"), SHAPES)
+def test_kernel_clips_offsets(B, H, T, D, lengths, window, positions, left, dtype, device):
+    q, k, v, _ = make_inputs(B, H, T, D, dtype, device)
+    position = RelativeKey(torch.randn(positions, D, dtype=dtype, device=device), left)
+    lengths, options = make_lengths(lengths, device), (None, window, 0.2, 0.0)
+    compact, expanded = (resolve(q, position, window, compact=c) for c in (True, False))
+    assert compact.table.shape == (1, positions, D)
+    assert expanded.left is None
+    expected = flash_attention_triton(q, k, v, lengths, expanded, *options)
+    actual = flash_attention_triton(q, k, v, lengths, compact, *options)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("D", [64, 256])  # a table is expanded for the larger one
+def test_clipped_offsets_without_a_gradient_are_the_same_bits(D, device):
+    q, k, v, _ = make_inputs(2, 3, 23, D, torch.float32, device)
+    position = RelativeKey(torch.randn(7, D, device=device, requires_grad=True), 4)
+    expected = flash_attention(q, k, v, position=position, window=9)
+    with torch.no_grad():
+        assert torch.equal(flash_attention(q, k, v, position=position, window=9), expected)
+
+
 def test_biases_may_be_strided(device):
     q, k, v, _ = make_inputs(1, 2, 9, 8, torch.float32, device)
     position = make_position("transformer-xl", 1, 2, 9, 8, torch.float32, device)

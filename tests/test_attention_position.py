@@ -31,6 +31,7 @@ SHAPES = [  # B, H, T, D, lengths, window, R
     pytest.param(3, 1, 37, 16, (37, 0, 1), None, 50, id="length-0-and-1"),
     pytest.param(1, 3, 5, 81, None, None, 4, id="odd-head"),
     pytest.param(1, 2, 101, 17, (97,), 7, 7, id="window"),
+    pytest.param(1, 1, 100, 16, (97,), 35, 35, id="window-of-whole-tiles"),
     pytest.param(1, 1, 30, 16, (28,), 5, 29, id="window-in-a-longer-table"),
     pytest.param(
         8, 8, 499, 64, (499, 1, 0, 400, 64, 65, 128, 498), None, 498,
@@ -115,6 +116,19 @@ def test_padding_may_hold_anything_and_bits_repeat(kind, device):
         kernels(q, k, v, grad, lengths, scheme, None, 0.25), clean, strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("score", [-200.0, 200.0])
+def test_padding_adds_nothing_where_powers_overflow(score, device):
+    """The scores of padding differ from those that the softmax is of by more than fp32 holds."""
+    tensors = make_inputs(1, 1, 40, 16, torch.float32, device)
+    scheme = Scheme("offset", torch.randn(1, 79, device=device) + score)
+    padded = kernels(*tensors, torch.tensor([17], device=device), scheme, None, 0.25)
+    alone = kernels(*(x[:, :, :17] for x in tensors), None, scheme, None, 0.25)
+    for actual, expected in zip(padded[:4], alone[:4], strict=True):
+        assert torch.equal(actual[:, :, :17], expected)
+        assert (actual[:, :, 17:] == 0).all()
+    assert torch.equal(padded[4], alone[4])
 
 
 @pytest.mark.parametrize("kind", KINDS)

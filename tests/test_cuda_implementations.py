@@ -25,7 +25,7 @@ from lowbit_kernels.matmul import cuda as matmul_cuda
 from lowbit_kernels.matmul import folded_op, int8_op
 from lowbit_kernels.matmul import op as linear_op
 from lowbit_kernels.matmul.gpu import Gpu
-from lowbit_kernels.matmul.reference import row_statistics
+from lowbit_kernels.matmul.reference import norm_columns, row_statistics
 from lowbit_kernels.testing import assert_as_accurate
 from tests.conv1d_cases import make_inputs as conv1d_inputs
 from tests.linear_cases import make_inputs
@@ -44,8 +44,9 @@ def linear_cases():
     z, grad = half(M, N), half(M, N // 2)
     yield "linear_backward", linear_op._cuda_backward, (grad, z, "glu", True, *packed)
     yield "linear_backward", linear_op._cuda_backward, (half(M, N), None, None, False, *packed)
-    stats, sums = row_statistics(x), weight.integers().sum(1, dtype=torch.int32)
-    normed = (x, stats, sums, 0.5, bias, residual, "glu", *packed)
+    norm = half(K), half(K)
+    normed = (row_statistics(x), *norm, norm_columns(weight, *norm), 0.5)
+    normed = (x, *normed, bias, residual, "glu", *packed)
     yield "linear_normed", folded_op._cuda_normed, normed
     with_stats = (x, bias, half(M, N), "silu", *packed)
     yield "linear_with_stats", folded_op._cuda_with_stats, with_stats

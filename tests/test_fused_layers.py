@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from lowbit_kernels import (
     QuantConfig,
@@ -19,8 +18,9 @@ from lowbit_kernels import (
 )
 from lowbit_kernels.integrations.fuse import is_fused
 from lowbit_kernels.integrations.huggingface import LowbitConfig
+from lowbit_kernels.matmul import csrc
 from lowbit_kernels.testing import assert_as_accurate
-from tests.families.models import LAYERS, WAVEFORM, Family, of
+from tests.families.models import LAYERS
 from tests.fused_cases import (
     BY_NAME,
     CONFIGS,
@@ -49,33 +49,46 @@ def test_fused_layers_are_as_accurate_as_the_layers_they_were(name: str, preset:
     assert_as_accurate(logits(fused, inputs), logits(plain, inputs), exact_logits(plain, inputs))
 
 
-def most_launches(name: str, preset: str) -> int:
+# whose norms are part of the matmuls around them, but for the first norm of WavLM's
+PRE_NORM = ("wav2vec2-layer", "whisper", "wavlm-stable")
+
+
+def most_launches(name: str, preset: str, dtype: torch.dtype) -> int:
     transformer, conformer = {"small": (7, 14), "fast": (9, 18), "static": (7, 14)}[preset]
-    # four look its table of clipped offsets up
-    conformer += 4 * (name == "wav2vec2-bert")
+    if preset == "small" and dtype != torch.float32:
+        conformer = 11
+        if name in PRE_NORM:
+            transformer = 5 + (name == "wavlm-stable")
+    if name == "whisper" and dtype == torch.float16:
+        # a clamp, and the next layer reads what it makes
+        transformer += 1 + (preset == "small")
     transformer += name.startswith("wavlm")  # the gate of its bias
     return conformer if name in CONFORMERS else transformer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", CONFIGS)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_layer_runs_in_a_handful_of_ops(name: str, preset: str, dtype: torch.dtype) -> None:
     model = build(name, preset, fuse=True, dtype=dtype)
     inputs = moved(BY_NAME[name].inputs(), "cpu", dtype)
     names = launches_of_the_last_layer(model, inputs, ops)
-    assert len(names) <= most_launches(name, preset), names
+    assert len(names) <= most_launches(name, preset, dtype), names
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", CONFIGS)
 @pytest.mark.parametrize("name", FUSED)
-def test_a_fused_layer_runs_in_a_handful_of_launches(name: str, preset: str) -> None:
+def test_a_fused_layer_runs_in_a_handful_of_launches(
+    name: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # it would take these few rows, without norms
+    monkeypatch.setattr(csrc, "is_available", lambda: False)
     there = {"device": "cuda", "dtype": torch.bfloat16}
     model = build(name, preset, fuse=True, **there)  # type: ignore[arg-type]
     inputs = moved(BY_NAME[name].inputs(), **there)  # type: ignore[arg-type]
     names = launches_of_the_last_layer(model, inputs, kernels)
-    assert len(names) <= most_launches(name, preset), names
+    assert len(names) <= most_launches(name, preset, torch.bfloat16), names
 
 
 @pytest.mark.parametrize(
@@ -106,18 +119,6 @@ def model_frames(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     with torch.inference_mode():
         frames: Tensor = model.base_model(**inputs).last_hidden_state
     return frames
-
-
-def test_adapters_of_attention_follow_the_layer() -> None:
-    options = {"adapter_attn_dim": 8, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
-    family = Family("adapter", of(Wav2Vec2Config, Wav2Vec2ForCTC, WAVEFORM, **options))
-    plain, fused = family.build(), family.build()
-    quantize(plain)
-    plain.set_attn_implementation("lowbit")
-    quantize(fused, fuse=True)
-    inputs = family.inputs()
-    assert layers_of(fused)[0].adapter_layer is not None
-    assert_as_accurate(logits(fused, inputs), logits(plain, inputs), exact_logits(plain, inputs))
 
 
 def test_whisper_clamps_in_fp16() -> None:
@@ -199,10 +200,20 @@ def halve(module: Any, args: Any, output: Any) -> None:
     as_tensor(output).mul_(0.5)
 
 
+# layers that hand int8 rows on, and layers that hand statistics on
+HANDING = pytest.mark.parametrize(
+    ("name", "preset", "dtype"),
+    [("wav2vec2-group", "fast", torch.float32), ("wav2vec2-layer", "small", torch.bfloat16)],
+)
+
+
+@HANDING
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_a_hook_that_changes_what_goes_between_layers_is_obeyed(where: str) -> None:
-    inputs = BY_NAME["wav2vec2-group"].inputs()
-    plain, fused = (build("wav2vec2-group", "fast", fuse=fuse) for fuse in (False, True))
+def test_a_hook_that_changes_what_goes_between_layers_is_obeyed(
+    where: str, name: str, preset: str, dtype: torch.dtype
+) -> None:
+    inputs = moved(BY_NAME[name].inputs(), "cpu", dtype)
+    plain, fused = (build(name, preset, fuse=fuse, dtype=dtype) for fuse in (False, True))
     before = logits(fused, inputs)
     for model in (plain, fused):
         first, last = model.wav2vec2.encoder.layers
@@ -251,16 +262,19 @@ def test_hidden_states_are_recorded() -> None:
     assert sum(name.startswith("lowbit.linear") for name in launches.names) <= 4 * LAYERS + 2
 
 
+@HANDING
 @pytest.mark.parametrize("how", ["deepcopy", "save_quantized", "save_pretrained", "torch.save"])
-def test_copies_and_checkpoints_stay_fused(how: str, tmp_path: Any) -> None:
-    inputs = BY_NAME["wav2vec2-group"].inputs()
-    model = build("wav2vec2-group", "fast", fuse=True)
+def test_copies_and_checkpoints_stay_fused(
+    how: str, tmp_path: Any, name: str, preset: str, dtype: torch.dtype
+) -> None:
+    inputs = moved(BY_NAME[name].inputs(), "cpu", dtype)
+    model = build(name, preset, fuse=True, dtype=dtype)
     wanted = logits(model, inputs)
     if how == "deepcopy":
         again = copy.deepcopy(model)
     elif how == "save_quantized":
         save_quantized(model, tmp_path)
-        again = load_quantized(tmp_path)
+        again = load_quantized(tmp_path).to(dtype)
     elif how == "save_pretrained":
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path).eval()
@@ -313,15 +327,21 @@ def test_layers_that_differ_stay_as_they_were() -> None:
     assert sum(name.startswith("lowbit.linear") for name in launches.names) == 6 + 4 + 1
 
 
-def test_nothing_is_taken_that_was_made_of_another_tensor() -> None:
-    plain, fused = (build("wav2vec2-group", "fast", fuse=fuse) for fuse in (False, True))
-    inputs, (x, z) = BY_NAME["wav2vec2-group"].inputs(), torch.randn(2, 2, 9, 48)
+@HANDING
+def test_nothing_is_taken_that_was_made_of_another_tensor(
+    name: str, preset: str, dtype: torch.dtype
+) -> None:
+    plain, fused = (build(name, preset, fuse=fuse, dtype=dtype) for fuse in (False, True))
+    inputs = moved(BY_NAME[name].inputs(), "cpu", dtype)
+    x, z = torch.randn(2, 2, 9, 48, dtype=dtype)
     logits(fused, inputs)
     first, last = fused.wav2vec2.encoder.layers
     with torch.inference_mode():
         first(x)
         found, wanted = as_tensor(last(z)), as_tensor(plain.wav2vec2.encoder.layers[1](z))
-        exact = as_tensor(dequantize(plain).double().wav2vec2.encoder.layers[1](z.double()))
+        exact = as_tensor(
+            dequantize(plain.double()).double().wav2vec2.encoder.layers[1](z.double())
+        )
     assert_as_accurate(found, wanted, exact)
 
 

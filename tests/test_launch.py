@@ -11,6 +11,8 @@ import torch
 
 import lowbit_kernels
 from lowbit_kernels import device
+from lowbit_kernels.attention import backward_kernel, forward_kernel, offsets_kernel
+from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.matmul.launch import Constants, Launcher
 
 
@@ -74,8 +76,9 @@ def test_the_second_launch_takes_the_first_ones_code(kernel):
         lambda x, n: (x, 65),
         lambda x, n: (x, 1),
         lambda x, n: (x, 2**31),
+        lambda x, n: (x, float(n)),
     ],
-    ids=["dtype", "alignment", "none", "divisibility", "one", "64 bits"],
+    ids=["dtype", "alignment", "none", "divisibility", "one", "64 bits", "float"],
 )
 def test_other_kinds_of_arguments_are_compiled_for(change, kernel):
     launch = Launcher(kernel)
@@ -111,6 +114,51 @@ def test_an_interpreted_kernel_is_called_every_time(monkeypatch):
     for _ in range(2):
         launch((1, 1), (torch.zeros(1), 64), CONSTANTS)
     assert len(kernel.log) == 2
+
+
+class Recorded(Kernel):
+    """Stands for a kernel with the arguments of another one."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.arg_names = kernel.arg_names
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            # every argument once, the constants last, as compiled code takes them
+            assert set(self.arg_names[len(args) :]) <= set(constants)
+            self.compiled.append(Compiled(self.log))
+            return self.compiled[-1]
+
+        return launch
+
+
+@pytest.mark.parametrize("kind", [None, "relative"])
+def test_attention_asks_triton_once_for_a_kind_of_call(kind, monkeypatch):
+    """Frames, strides, memory and scales may change, and take each kernel's first code."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    recorded = {}
+    for module, name in (
+        (forward_kernel, "_launch"),
+        (backward_kernel, "_launch_delta"),
+        (backward_kernel, "_launch_dq"),
+        (backward_kernel, "_launch_dkdv"),
+        (offsets_kernel, "_launch"),
+    ):
+        recorded[module, name] = Recorded(getattr(module, name)._kernel)
+        monkeypatch.setattr(module, name, Launcher(recorded[module, name]))
+    if kind is None:
+        del recorded[offsets_kernel, "_launch"]
+    for T, scale in ((32, 0.3), (48, 0.5), (112, 0.125)):
+        q = torch.zeros(2, T, 3, 16).transpose(1, 2)
+        scheme = None if kind is None else Scheme(kind, torch.zeros(3, 2 * T - 1, 16), q)
+        options = (torch.tensor([T, 5]), scheme, None, None, scale, 0.0)
+        out, lse = forward_kernel.flash_attention_triton(q, q, q, *options)
+        backward_kernel.flash_attention_backward_triton(q, q, q, q, out, lse, *options, True)
+    for kernel in recorded.values():
+        assert len(kernel.compiled) == 1
+        assert len(kernel.log) == 2
+        assert all(len(args) == len(kernel.arg_names) for _, _, args in kernel.log)
 
 
 def test_an_implementation_is_imported_when_it_is_called(monkeypatch):

@@ -1,4 +1,4 @@
-"""A LayerNorm folded into the linear layers around it: kernels, ops, modules.
+"""A LayerNorm folded into the linear layers around it: kernels and ops.
 
 Dimension key: M rows, N output features, K input features.
 """
@@ -6,7 +6,6 @@ Dimension key: M rows, N output features, K input features.
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lowbit_kernels.checks import EPILOGUES
 from lowbit_kernels.formats import QuantSpec, quantize_weight
@@ -15,13 +14,13 @@ from lowbit_kernels.matmul import (
     linear_reference,
     low_bit_linear_normed,
     low_bit_linear_with_stats,
+    norm_columns,
     row_statistics,
 )
 from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, merge_statistics
-from lowbit_kernels.modules import FoldedLinear, QLinear
 from lowbit_kernels.testing import assert_as_accurate
 from tests.interpreter_memory import checked_memory
 from tests.linear_cases import check, make_inputs
@@ -53,22 +52,30 @@ def check_statistics(stats, y):
         assert_as_accurate(stats[:, i], results[0][i], results[1][i], name)
 
 
-def check_normed(y, x, weight, bias, residual, epilogue, eps=1e-5):
+def make_norm(K, dtype, device):
+    """Scale and shift as trained ones: of both signs, some near zero."""
+    weight = torch.randn(K, device=device).sign() * torch.rand(K, device=device) * 2
+    return weight.to(dtype), torch.randn(K, device=device).to(dtype)
+
+
+def check_normed(y, x, norm, weight, bias, residual, epilogue, eps=1e-5):
     """Against LayerNorm and the layer, each rounded to y's dtype, and against fp64."""
     args, K = (residual, epilogue), (weight.K,)
-    low = linear_reference(F.layer_norm(x, K, eps=eps), weight, bias, *args)
-    wide = F.layer_norm(x.double(), K, eps=eps)
+    low = linear_reference(F.layer_norm(x, K, *norm, eps), weight, bias, *args)
+    wide = F.layer_norm(x.double(), K, *(each.double() for each in norm), eps)
     residual = None if residual is None else residual.double()
     high = linear_reference(wide, weight, bias.double(), residual, epilogue)
     assert_as_accurate(y, low, high)
 
 
-def norm_of(x, weight, eps=1e-5):
-    return InputNorm(row_statistics(x), weight_sum(weight), weight.K, eps)
+def input_norm(x, weight, norm, eps=1e-5):
+    return InputNorm(row_statistics(x), norm[0], norm_columns(weight, *norm), eps)
 
 
-def weight_sum(weight):
-    return weight.integers().sum(1, dtype=torch.int32)
+def of_norm(x, weight, norm):
+    """The arguments of ``low_bit_linear_normed`` that come before the weight."""
+    rows = x.reshape(-1, x.shape[-1])
+    return x, row_statistics(rows), *norm, norm_columns(weight, *norm)
 
 
 def stream(M, K, dtype, device, mean=50.0):
@@ -107,24 +114,40 @@ def test_statistics_of_a_wide_split_sum(device):
 @splits
 def test_kernel_normalizes_its_input(splits, M, N, K, spec, device):
     _, weight, bias, residual = make_inputs(M, N, K, spec, torch.float16, device)
-    x = stream(M, K, torch.float16, device)
-    config = LinearConfig(32, 16, splits=splits)
-    y, _ = linear_triton(x[None], weight, bias, residual, None, config, norm=norm_of(x, weight))
-    check_normed(y, x, weight, bias, residual, None)
+    x, norm = stream(M, K, torch.float16, device), make_norm(K, torch.float16, device)
+    config, given = LinearConfig(32, 16, splits=splits), input_norm(x, weight, norm)
+    y, _ = linear_triton(x[None], weight, bias, residual, None, config, norm=given)
+    check_normed(y, x, norm, weight, bias, residual, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("mean", "outlier"), [(0.0, 0.0), (8.0, 50.0), (300.0, 50.0)])
+def test_the_kernels_formula_is_as_exact_as_two_ops(mean, outlier, dtype, device):
+    """Of a wide layer, in plain PyTorch: sums in fp32, of a residual stream as speech models'."""
+    _, weight, bias, _ = make_inputs(40, 96, 1024, W4, dtype, device)
+    x = torch.randn(40, 1024, device=device) + mean
+    x[:, 7] += outlier * x[:, 7].sign()
+    x, norm = x.to(dtype), make_norm(1024, dtype, device)
+    mean, rstd = merge_statistics(row_statistics(x), 1024, 1e-5)
+    column, shift = norm_columns(weight, *norm)
+    sums = x.float() @ (weight.integers().to(dtype) * norm[0]).float().T
+    z = (sums - mean[:, None] * column) * rstd[:, None] + shift
+    y = (z * weight.scale + bias.float()).to(dtype)
+    check_normed(y, x, norm, weight, bias, None, None)
 
 
 @splits
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_kernel_normalizes_before_the_epilogue(epilogue, splits, device):
     _, weight, bias, residual = make_inputs(37, 38, 300, W4, torch.float16, device, epilogue)
-    x = stream(37, 300, torch.float16, device)
+    x, norm = stream(37, 300, torch.float16, device), make_norm(300, torch.float16, device)
     config = LinearConfig(32, 64, splits=splits)  # rows are written in two parts
     y, z = linear_triton(
-        x[None], weight, bias, residual, epilogue, config, norm=norm_of(x, weight),
+        x[None], weight, bias, residual, epilogue, config, norm=input_norm(x, weight, norm),
         want_preactivation=True,
     )  # fmt: skip
-    check_normed(y, x, weight, bias, residual, epilogue)
-    check_normed(z, x, weight, bias, None, None)
+    check_normed(y, x, norm, weight, bias, residual, epilogue)
+    check_normed(z, x, norm, weight, bias, None, None)
 
 
 @splits
@@ -135,9 +158,10 @@ def test_eps_of_nearly_constant_rows(eps, splits, device):
     x = x.half()
     x[0] = 3
     config = LinearConfig(32, 16, splits=splits)
-    norm = norm_of(x, weight, eps)
-    y, _ = linear_triton(x[None], weight, bias, None, None, config, norm=norm)
-    check_normed(y, x, weight, bias, None, None, eps)
+    norm = make_norm(100, torch.float16, device)
+    given = input_norm(x, weight, norm, eps)
+    y, _ = linear_triton(x[None], weight, bias, None, None, config, norm=given)
+    check_normed(y, x, norm, weight, bias, None, None, eps)
 
 
 @pytest.mark.parametrize("K", [1, 64, 150, 1000])
@@ -171,10 +195,12 @@ def test_ops_in_a_row(spec, dtype, device):
     rows = h.flatten(0, 1)
     check(rows, x.flatten(0, 1), weight, bias, residual.flatten(0, 1), None)
     check_statistics(stats, rows)
+    norm = make_norm(after.K, dtype, device)
+    columns = norm_columns(after, *norm)
     y = low_bit_linear_normed(
-        h, stats, after, weight_sum(after), after_bias, epilogue="gelu", residual=x
+        h, stats, *norm, columns, after, after_bias, epilogue="gelu", residual=x
     )
-    check_normed(y.flatten(0, 1), rows, after, after_bias, x.flatten(0, 1), "gelu")
+    check_normed(y.flatten(0, 1), rows, norm, after, after_bias, x.flatten(0, 1), "gelu")
 
 
 @pytest.fixture
@@ -190,11 +216,12 @@ def test_kernels_in_a_row(M, N, device):
     x, weight, bias, residual = make_inputs(M, N, 300, W4, torch.float16, device)
     _, after, after_bias, _ = make_inputs(M, 38, N, W4, torch.float16, device)
     stats = torch.empty(-(-N // STATS_WIDTH), 2, M, device=device)
+    norm = make_norm(N, torch.float16, device)
+    given = InputNorm(stats, norm[0], norm_columns(after, *norm), 1e-5)
 
     def run():
         h = cuda_linear.linear_folded_cuda(x, weight, bias, residual, None, stats=stats)
-        norm = InputNorm(stats, weight_sum(after), N, 1e-5)
-        return h, cuda_linear.linear_folded_cuda(h, after, after_bias, None, "gelu", norm=norm)
+        return h, cuda_linear.linear_folded_cuda(h, after, after_bias, None, "gelu", norm=given)
 
     if device == "cuda":
         h, y = run()
@@ -202,15 +229,15 @@ def test_kernels_in_a_row(M, N, device):
         with checked_memory():
             h, y = run()
     check_statistics(stats, h)
-    check_normed(y, h, after, after_bias, None, "gelu")
+    check_normed(y, h, norm, after, after_bias, None, "gelu")
 
 
 @pytest.mark.parametrize("shape", [(0, 70), (2, 0, 70), (70,)])
 def test_any_number_of_rows(shape, device):
     _, (weight, bias) = producer_and_consumer(device, N=70, hidden=8)
     x = torch.randn(shape, device=device).half()
-    stats = row_statistics(x.reshape(-1, 70))
-    y = low_bit_linear_normed(x, stats, weight, weight_sum(weight), bias)
+    norm = make_norm(70, torch.float16, device)
+    y = low_bit_linear_normed(*of_norm(x, weight, norm), weight, bias)
     assert y.shape == (*shape[:-1], 8)
     h, made = low_bit_linear_with_stats(x, weight, bias)
     assert h.shape == y.shape
@@ -221,15 +248,18 @@ def test_ops_are_registered_correctly(device):
     (x, weight, bias, residual), (after, after_bias) = producer_and_consumer(device)
     args = (x, bias, residual, "silu", *flatten(weight))
     torch.library.opcheck(torch.ops.lowbit.linear_with_stats.default, args)
-    stats = row_statistics(residual.flatten(0, 1))
-    args = (residual, stats, weight_sum(after), 1e-5, after_bias, x, None, *flatten(after))
+    norm = make_norm(after.K, torch.float16, device)
+    args = (*of_norm(residual, after, norm), 1e-5, after_bias, x, None, *flatten(after))
     torch.library.opcheck(torch.ops.lowbit.linear_normed.default, args)
 
 
 def test_wrong_arguments_are_named(device):
     (_, _, _, x), (weight, bias) = producer_and_consumer(device)
-    stats, sums = row_statistics(x.flatten(0, 1)), weight_sum(weight)
-    good = {"x": x, "stats": stats, "weight": weight, "weight_sum": sums, "bias": bias}
+    names = ("x", "stats", "norm_weight", "norm_bias", "columns")
+    norm = make_norm(150, torch.float16, device)
+    good = dict(zip(names, of_norm(x, weight, norm), strict=True))
+    good |= {"weight": weight, "bias": bias}
+    stats = good["stats"]
     asymmetric = quantize_weight(torch.randn(70, 150, device=device), QuantSpec(4, symmetric=False))
     int8 = quantize_weight(torch.randn(70, 150, device=device), QuantSpec(4, inputs="int8"))
     for change, error, message in (
@@ -237,7 +267,9 @@ def test_wrong_arguments_are_named(device):
         ({"x": x[..., :64]}, ValueError, r"x must be \[\.\.\., K\] with K = 150"),
         ({"stats": stats[:2]}, ValueError, r"stats must be \[3, 2, 6\], got \[2, 2, 6\]"),
         ({"stats": stats.half()}, ValueError, r"stats must be torch\.float32"),
-        ({"weight_sum": sums.float()}, ValueError, r"weight_sum must be torch\.int32"),
+        ({"norm_weight": norm[0].float()}, ValueError, r"norm_weight must be torch\.float16"),
+        ({"norm_bias": norm[1][:70]}, ValueError, r"norm_bias must be \[150\], got \[70\]"),
+        ({"columns": good["columns"].half()}, ValueError, r"columns must be torch\.float32"),
         ({"bias": bias.float()}, ValueError, r"bias must be torch\.float16"),
         ({"epilogue": "tanh"}, ValueError, r"epilogue must be one of .* got 'tanh'"),
         ({"weight": asymmetric}, NotImplementedError, "symmetric weights .* w4 g64 asymmetric"),
@@ -256,117 +288,9 @@ def test_flops_are_counted(device):
     (x, weight, bias, residual), (after, after_bias) = producer_and_consumer(device)
     with FlopCounterMode(display=False) as counter:
         h, stats = low_bit_linear_with_stats(x, weight, bias, residual=residual)
-        low_bit_linear_normed(h, stats, after, weight_sum(after), after_bias)
+        norm = make_norm(150, torch.float16, device)
+        low_bit_linear_normed(h, stats, *norm, norm_columns(after, *norm), after, after_bias)
     assert counter.get_total_flops() == 2 * (2 * 6 * 150 * 70)
-
-
-class FoldedFeedForward(nn.Module):
-    """``h + second(gelu(first(norm(h))))`` in two products and no other pass over h."""
-
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, h, stats):
-        inner = self.first(h, stats, epilogue="gelu")
-        second = self.second
-        return low_bit_linear_with_stats(inner, second.quantized_weight(), second.bias, residual=h)
-
-
-class Block(nn.Module):
-    """A pre-norm feed-forward block."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.norm, self.first, self.second = (
-            nn.LayerNorm(C),
-            nn.Linear(C, 2 * C),
-            nn.Linear(2 * C, C),
-        )
-        nn.init.uniform_(self.norm.weight, 0.2, 3)
-        nn.init.normal_(self.norm.bias)
-
-    def fold(self, spec):
-        return FoldedFeedForward(
-            FoldedLinear.from_float(self.norm, self.first, spec),
-            QLinear.from_float(self.second, spec),
-        )
-
-
-def unfused(block, h, dtype):
-    """The folded block's integers, an op after the other, each rounded to dtype."""
-    normalized = F.layer_norm(h, h.shape[-1:], eps=block.first.eps)
-    layers = [
-        (layer.quantized_weight().dequantize(dtype), layer.bias.to(dtype))
-        for layer in (block.first, block.second)
-    ]
-    return h + F.linear(F.gelu(F.linear(normalized, *layers[0])), *layers[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("mean", [0.0, 50.0])
-@specs
-def test_two_pre_norm_blocks(spec, mean, dtype, device):
-    blocks = [Block(96).to(device).fold(spec).to(dtype) for _ in range(2)]
-    h = stream(12, 96, dtype, device, mean)
-    low, high = h, h.double()
-    for block in blocks:
-        low, high = unfused(block, low, dtype), unfused(block, high, torch.float64)
-    y, stats = h.view(2, 6, 96), row_statistics(h)
-    with torch.inference_mode():
-        for block in blocks:
-            y, stats = block(y, stats)
-    assert_as_accurate(y.flatten(0, 1), low, high)
-    check_statistics(stats, y.flatten(0, 1))
-
-
-def test_folded_is_the_float_layer(device):
-    """Scale, shift and eps of the norm, up to the rounding of 8-bit weights."""
-    block = Block(64).to(device)
-    block.norm.eps = 0.3
-    folded = FoldedLinear.from_float(block.norm, block.first, QuantSpec(8)).half()
-    x = torch.randn(9, 64, device=device).half()
-    with torch.inference_mode():
-        y = folded(x, row_statistics(x)).double()
-        expected = block.double().first(block.norm(x.double()))
-    noise, signal = (y - expected).square().sum(), expected.square().sum()
-    assert 10 * torch.log10(signal / noise) > 35
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_folded_layer_follows_its_weight(bias, device):
-    norm, linear = nn.LayerNorm(70).to(device), nn.Linear(70, 38, bias=bias).to(device)
-    folded = FoldedLinear.from_float(norm, linear, W4).half()
-    x = stream(5, 70, torch.float16, device)
-    stats = row_statistics(x)
-    with pytest.warns(UserWarning, match="requantized"):
-        folded.weight = torch.rand(38, 70)
-    assert torch.equal(folded.weight_sum, weight_sum(folded.quantized_weight()))
-    other = FoldedLinear.from_float(norm, linear, W4).half()
-    other.load_state_dict(folded.state_dict())
-    with torch.inference_mode():
-        y = folded(x, stats)
-        assert torch.equal(other(x, stats), y)
-    check_normed(y, x, folded.quantized_weight(), folded.bias.detach(), None, None)
-
-
-def test_wrong_folds_are_named():
-    linear = nn.Linear(64, 8)
-    with pytest.raises(ValueError, match=r"norm\.normalized_shape must be \(64,\), .* got \(32,\)"):
-        FoldedLinear.from_float(nn.LayerNorm(32), linear, W4)
-    for spec in (QuantSpec(4, symmetric=False), QuantSpec(4, inputs="int8")):
-        with pytest.raises(NotImplementedError, match="symmetric weights with inputs=None"):
-            FoldedLinear.from_float(nn.LayerNorm(64), linear, spec)
-
-
-def test_compiled_whole(device):
-    block = Block(64).to(device).fold(W4).half()
-    h = torch.randn(2, 3, 64, device=device).half()
-    stats = row_statistics(h.flatten(0, 1))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for actual, expected in zip(compiled(h, stats), block(h, stats), strict=True):
-            assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu
@@ -379,7 +303,7 @@ def test_real_shapes_on_a_gpu(M, dtype):
         check_statistics(stats, h)
         _, after, after_bias, _ = make_inputs(M, 4 * C, C, W4, dtype, "cuda")
         for rows in (h, stream(M, C, dtype, "cuda")):
-            y = low_bit_linear_normed(
-                rows, row_statistics(rows), after, weight_sum(after), after_bias, epilogue="gelu"
-            )
-            check_normed(y, rows, after, after_bias, None, "gelu")
+            norm = make_norm(C, dtype, "cuda")
+            given = of_norm(rows, after, norm)
+            y = low_bit_linear_normed(*given, after, after_bias, epilogue="gelu")
+            check_normed(y, rows, norm, after, after_bias, None, "gelu")

@@ -142,6 +142,9 @@ def test_checkpoints_keep_it(name, tmp_path):
         assert len(matmuls_in(loaded)) == LAYERS
         assert torch.equal(logits(loaded, inputs), expected)
     assert not matmuls_in(dequantize(model))
+    # nothing refuses another attention any more
+    model.set_attn_implementation("sdpa")
+    logits(model, inputs)
 
 
 def test_padding_changes_nothing():

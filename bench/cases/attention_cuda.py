@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Case, Cost, Point, Prepared, Provider, Result
-from bench.errors import float_error
+from bench.errors import float_error, int8_input_error
 from bench.shapes import ATTENTION_CUDA as POINTS
 from lowbit_kernels import (
     BucketedBias,
@@ -22,7 +22,7 @@ from lowbit_kernels import (
     TransformerXL,
     flash_attention,
 )
-from lowbit_kernels.attention import Position
+from lowbit_kernels.attention import Position, int8_scores_attention
 from lowbit_kernels.attention.position import resolve
 
 Attend = Callable[["Inputs"], Tensor]
@@ -157,6 +157,14 @@ def lowbit(inputs: Inputs) -> Tensor:
     )  # fmt: skip
 
 
+def int8_scores(inputs: Inputs) -> Tensor:
+    """Ours with int8 queries and keys."""
+    return int8_scores_attention(
+        inputs.q, inputs.k, inputs.v,
+        lengths=inputs.lengths, window=inputs.window, position=inputs.position,
+    )  # fmt: skip
+
+
 def run(attend: Attend, inputs: Inputs) -> Result:
     """The output, or the gradients of q, k, v and of the position's tensors."""
     if not inputs.backward:
@@ -181,7 +189,10 @@ def exact(attend: Attend, inputs: Inputs) -> Result:
 def prepare(attend: Attend, inputs: Inputs) -> Prepared:
     """Either of them; a gradient is a product of rounded products."""
     bound = (1 + inputs.backward) * float_error(inputs.q.shape[2], inputs.q.dtype)
-    against = {lowbit: sdpa, full_sdpa: full_sdpa}.get(attend)
+    if attend is int8_scores:
+        # scores of deviation 1 make of their noise as much in the result
+        bound += sum(int8_input_error(x.float(), (2, 3)) for x in (inputs.q, inputs.k))
+    against = {lowbit: sdpa, int8_scores: sdpa, full_sdpa: full_sdpa}.get(attend)
     expected = None if against is None else lambda: exact(against, inputs)
     return Prepared(lambda: run(attend, inputs), bound, expected)
 
@@ -199,6 +210,11 @@ ATTENTION_CUDA = Case(
             points=tuple(point.name for point in POINTS if "window" in point.sizes),
         ),
         Provider("lowbit", lambda inputs: prepare(lowbit, inputs)),
+        Provider(
+            "lowbit, int8 scores",
+            lambda inputs: prepare(int8_scores, inputs),
+            points=tuple(point.name for point in POINTS if not point.sizes["backward"]),
+        ),
     ),
     baseline="SDPA",
     cost=cost,

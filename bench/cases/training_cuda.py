@@ -153,11 +153,16 @@ def float_training(inputs: Inputs) -> Prepared:
     return prepare(inputs, copy.deepcopy(inputs.model))
 
 
-def quantization_aware(inputs: Inputs, bits: int) -> Prepared:
-    """Every linear layer with a fake-quantized weight and learned scales; convolutions in float."""
+def quantization_aware(inputs: Inputs, config: QuantSpec | QuantConfig) -> Prepared:
+    """Every layer with a fake-quantized weight and learned scales."""
     model = copy.deepcopy(inputs.model)
-    prepare_qat(model, QuantSpec(bits=bits))
+    prepare_qat(model, config)
     return prepare(inputs, model)
+
+
+def attention_too() -> QuantConfig:
+    """4-bit weights and products of attention, int8 inputs."""
+    return QuantConfig(QuantSpec(4, inputs="int8"), attention_matmuls="int4")
 
 
 def with_lora(inputs: Inputs, low_bit: bool) -> Prepared:
@@ -223,8 +228,12 @@ TRAINING_CUDA = Case(
     providers=(
         Provider("bf16 training", float_training),
         Provider("bf16 frozen, LoRA", lambda inputs: with_lora(inputs, low_bit=False)),
-        Provider("lowbit w4 QAT", lambda inputs: quantization_aware(inputs, 4)),
-        Provider("lowbit w1 QAT", lambda inputs: quantization_aware(inputs, 1)),
+        Provider("lowbit w4 QAT", lambda inputs: quantization_aware(inputs, QuantSpec(4))),
+        Provider("lowbit w1 QAT", lambda inputs: quantization_aware(inputs, QuantSpec(1))),
+        Provider(
+            "lowbit w4a8 QAT, 4-bit attention",
+            lambda inputs: quantization_aware(inputs, attention_too()),
+        ),
         Provider("lowbit w4 frozen, LoRA", lambda inputs: with_lora(inputs, low_bit=True)),
     ),
     baseline="bf16 training",

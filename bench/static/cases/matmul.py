@@ -145,13 +145,13 @@ def linear_case(
     config = replace(config, early_start=early_start)
     split = config.splits > 1
     # another kernel adds the parts, and does what follows
-    normed, stats = normed and not split, stats and not split
+    has_norm, normed, stats = normed, normed and not split, stats and not split
     fused = None if split else "*bf16"
     is_even = K % (weights_per_block(bits, x_bytes, pairs) * config.unroll) == 0
     return make_case(
         f"linear_w{bits}{'_asymmetric' if asymmetric else ''}_{x}"
         f"_{config.block_n}x{config.block_m}" + ("" if is_even else "_ragged")
-        + ("_split" if split else f"_{epilogue}") + "_normed" * normed + "_stats" * stats
+        + ("_split" if split else f"_{epilogue}") + "_normed" * has_norm + "_stats" * stats
         + "_early" * early_start + f"_groups{groups}" * (groups > 1),
         linear_kernel,
         {
@@ -159,7 +159,8 @@ def linear_case(
             **weight_pointers(group_size, asymmetric),
             "x_scale_ptr": "*fp32" if is_byte else None,
             "x_stats_ptr": "*fp32" if normed else None,
-            "weight_sum_ptr": "*i32" if normed else None,
+            "norm_weight_ptr": f"*{x}" if has_norm else None,
+            "columns_ptr": "*fp32" if normed else None,
             "bias_ptr": fused,
             "residual_ptr": fused,
             "y_ptr": fused or ("*i32" if int8 else "*fp32"),
@@ -205,9 +206,9 @@ def persistent_case(M: int, x: str = "bf16") -> AotCase:
     run = case.constexprs["PER_DOT"] * case.constexprs["BLOCK_BYTES"]
     element = BYTE_INPUTS.get(x, f"*{x}")[1:]
     dropped = {
-        "x_ptr", "x_stats_ptr", "weight_sum_ptr", "stats_ptr", "out_offset_ptr", "largest_ptr",
-        "K", "T", "steps_per_split", "stride_xb", "stride_xt", "GROUPS", "IS_SPLIT", "EPS",
-        "STATS_TILES", "EARLY_START",
+        "x_ptr", "x_stats_ptr", "norm_weight_ptr", "columns_ptr", "stats_ptr", "out_offset_ptr",
+        "largest_ptr", "K", "T", "steps_per_split", "stride_xb", "stride_xt", "GROUPS", "IS_SPLIT",
+        "EPS", "STATS_TILES", "EARLY_START",
     }  # fmt: skip
     signature = {k: v for k, v in case.signature.items() if k not in dropped}
     return replace(
@@ -263,7 +264,7 @@ def elementwise_cases() -> Iterator[AotCase]:
                 "scale_ptr": "*fp32",
                 "x_scale_ptr": "*fp32" if parts == "*i32" else None,
                 "x_stats_ptr": None,
-                "weight_sum_ptr": None,
+                "columns_ptr": None,
                 "bias_ptr": "*bf16",
                 "residual_ptr": "*bf16",
                 "y_ptr": "*bf16",
@@ -289,7 +290,7 @@ def elementwise_cases() -> Iterator[AotCase]:
             "scale_ptr": "*fp32",
             "x_scale_ptr": None,
             "x_stats_ptr": "*fp32",
-            "weight_sum_ptr": "*i32",
+            "columns_ptr": "*fp32",
             "bias_ptr": "*bf16",
             "residual_ptr": "*bf16",
             "y_ptr": "*bf16",
@@ -337,6 +338,9 @@ def linear_cases(target: str) -> Iterator[AotCase]:
         # of fc1 in a pre-norm block, and of fc2
         yield linear_case(target, M, bits, N=N, normed=True)
         yield linear_case(target, M, bits, N=N, epilogue=None, stats=True)
+    # of queries, keys and values, and of a convolution module
+    yield linear_case(target, 2000, 4, N=3072, epilogue=None, normed=True)
+    yield linear_case(target, 2000, 4, N=2048, epilogue="glu", normed=True)
     if target in FP8_TARGETS:
         for M in (64, 499, 16000):
             yield linear_case(target, M, 4, "fp8", N=4096)

@@ -75,6 +75,8 @@ _RELATIVE_SMALLEST_FP32 = {
 }
 # operands of fp32 come through registers, which the gradients of larger heads overflow
 MAX_FP32_HEAD_DIM = 64
+# likewise the forward's, where places in a table of offsets are clipped in its tiles
+MAX_CLIPPED_HEAD_DIM = 128
 # AMD's 64 KB and 64-lane warps: the backward spills with the tiles above
 SMALLEST_SHARED_BYTES = 80 * 1024
 _SMALLEST = _SMALL | {

@@ -4,6 +4,11 @@ What is rounded is the softmax's quotient, so its denominator comes first: each 
 keys twice. The backward needs a pass more than ``flash_attention``'s, since the sum of a row that
 the softmax's gradient takes off is no product of the output with its gradient here.
 
+Forward, of [16, 12, 500, 64] in bf16: 3 products, 18.4 GFLOP, and 25 MB of q, k, v and output.
+Materialized, two products, and the probabilities, 96 MB, written and read for scores, softmax,
+quotient, rounding, clamping and scaling: about 1.1 GB. At an H200's 4.8 TB/s and a third of its
+990 TFLOP/s, predicted and not measured: 60 microseconds against 240.
+
 Dimension key: B batch, H heads, T frames, D head dimension; M queries and N keys of a tile.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

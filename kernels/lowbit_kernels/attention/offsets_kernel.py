@@ -15,20 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_kernels.attention.config import default_config, input_precision
+from lowbit_kernels.attention.forward_kernel import tile
 from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.attention.scores_kernel import (
     LOG2_E,
     PAD_TO,
     kept_by_dropout,
     load_frames,
-    load_length,
     load_offsets,
     load_step,
     store_frames,
     table_of,
     take_flat,
+    utterance,
 )
+from lowbit_kernels.matmul.launch import Launcher
 
 
 @triton.jit
@@ -54,8 +55,8 @@ def _flash_attention_bwd_offsets_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ab, stride_ah, stride_aq, stride_ak,
     stride_rb, stride_rh, stride_rt, stride_gb, stride_gh, stride_gt,
-    KIND: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    KIND: tl.constexpr, IS_PACKED: tl.constexpr, D: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     IS_RELATIVE: tl.constexpr = KIND == "relative"
     D_IN: tl.constexpr = (D + PAD_TO - 1) // PAD_TO * PAD_TO
@@ -64,7 +65,7 @@ def _flash_attention_bwd_offsets_kernel(
     chunk, bh = tl.program_id(0) % num_chunks, tl.program_id(0) // num_chunks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     row = bh.to(tl.int64) * T
-    length = load_length(lengths_ptr, b, T)
+    b, length, _ = utterance(lengths_ptr, b, T, IS_PACKED)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -100,7 +101,8 @@ def _flash_attention_bwd_offsets_kernel(
         lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < length, other=0.0)
         delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < length, other=0.0)
         offs_q, offs_k = offs_m[:, None], offs_m[:, None] + offsets[None, :]
-        mask = (offs_q < length) & (offs_k >= 0) & (offs_k < length)
+        # a query beyond the length adds 0, since its gradient is
+        mask = (offs_k >= 0) & (offs_k < length)
         if window is not None:
             mask = mask & (tl.abs(offsets) <= window)[None, :]
         start = start_m + first
@@ -112,7 +114,7 @@ def _flash_attention_bwd_offsets_kernel(
             scores = tl.dot(rows, tl.trans(keys), scores, input_precision=INPUT_PRECISION)
         scores *= scale * LOG2_E
         if not IS_RELATIVE:
-            gate = tl.full((BLOCK,), 1.0, dtype=tl.float32)
+            gate = (offs_m < length).to(tl.float32)
             if rows_ptr is not None:
                 gate = tl.load(rows_ptr + offs_m * stride_rt, mask=offs_m < length, other=0.0)
                 gate = gate.to(tl.float32)
@@ -145,6 +147,9 @@ def _flash_attention_bwd_offsets_kernel(
         tl.store(dtable_ptr + part + largest + offsets, sums, mask=offsets <= largest)
 
 
+_launch = Launcher(_flash_attention_bwd_offsets_kernel)
+
+
 def offsets_gradient_triton(
     batch: int,
     tensors: tuple[Tensor | None, ...],
@@ -163,22 +168,17 @@ def offsets_gradient_triton(
         scheme: of kind ``"offset"`` or ``"relative"``.
         options: of those kernels, from H on.
         strides: of those kernels, those of their results left out.
-        problem: D, dtype, kind, whether there is dropout, and the GPU's shared memory.
+        problem: D, dtype, kind, whether there is dropout, device, whether utterances are packed.
         high: the highest level of low-bit probabilities, or 0.
     """
-    (D, dtype, kind, *_), H = problem, options[0]
+    (D, _, kind, *_), H = problem, options[0]
     num_offsets = scheme.table.shape[1]
-    config = default_config("offsets", *problem)
+    config, constants = tile("offsets", *problem, HIGH=high)
     per_offset = (D,) if kind == "relative" else ()
     parts = torch.empty(
         batch, H, num_offsets, *per_offset, device=scheme.table.device, dtype=torch.float32
     )
-    grid = (triton.cdiv(num_offsets, config.block_n) * batch * H,)
-    _flash_attention_bwd_offsets_kernel[grid](
-        *tensors, parts, *options, *strides,
-        KIND=kind, D=D, HIGH=high, BLOCK_D=config.block_d, BLOCK=config.block_n,
-        INPUT_PRECISION=input_precision(dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    grid = (triton.cdiv(num_offsets, config.block_n) * batch * H, 1)
+    _launch(grid, (*tensors, parts, *options, *strides), constants)
     total = parts.sum(0)
     return total.sum(0, keepdim=True) if scheme.table.shape[0] < H else total

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention.checks import check_heads, check_options, check_position
+from lowbit_kernels.attention.config import MAX_CLIPPED_HEAD_DIM, MAX_FP32_HEAD_DIM
 from lowbit_kernels.attention.dispatch import backend_of, flash_attn_backend, needs_gradient
+from lowbit_kernels.attention.packed_cpu import (
+    attend_packed,
+    differentiate_packed,
+    empty_lse,
+    empty_rows_gradient,
+)
 from lowbit_kernels.attention.position import Position, Scheme, resolve
 from lowbit_kernels.attention.reference import (
     attention_mask,
@@ -25,23 +32,23 @@ torch.library.define(
     "lowbit::flash_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? lengths, str? kind, Tensor? table, Tensor? rows, "
     "Tensor? seed, int? window, float? scale, float dropout_p, Tensor? content_bias=None, "
-    "Tensor? position_bias=None, Tensor? out_scale=None) -> (Tensor out, Tensor lse)",
+    "Tensor? position_bias=None, Tensor? out_scale=None, int? left=None, SymInt? longest=None) "
+    "-> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "lowbit::flash_attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lengths, "
     "str? kind, Tensor? table, Tensor? rows, Tensor? seed, int? window, float? scale, "
-    "float dropout_p, bool needs_table) "
+    "float dropout_p, bool needs_table, SymInt? longest=None) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, Tensor drows)",
 )
 
 
 @torch.library.register_fake("lowbit::flash_attention")
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q, *_, out_scale = _unpack(*args)
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    q, _, _, lengths, *_, out_scale, longest = _unpack(*args)
     out = empty_heads(q, None if out_scale is None else torch.int8)
-    return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return out, empty_lse(q, lengths, longest)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,31 +56,41 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @torch.library.register_fake("lowbit::flash_attention_backward")
 def _fake_backward(*args: Any) -> Gradients:
-    _, q, _, _, _, _, _, kind, table, rows, *_, needs_table = args
-    dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
-    if kind == "relative":
-        drows = empty_heads(q)
-    else:
-        drows = q.new_empty(0) if rows is None else rows.new_empty(rows.shape)
-    if table is None or not needs_table:
-        return dq, dk, dv, q.new_empty(0), drows
-    return dq, dk, dv, table.new_empty(table.shape), drows
+    inputs, longest = _unpack_backward(*args)
+    q, scheme, needs_table = inputs[1], inputs[7], inputs[-1]
+    drows, dtable = empty_rows_gradient(q, scheme, longest is not None), q.new_empty(0)
+    if scheme is not None and needs_table:
+        dtable = scheme.table.new_empty(scheme.table.shape)
+    return empty_heads(q), empty_heads(q), empty_heads(q), dtable, drows
 
 
 def _unpack(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, kind: str | None,
     table: Tensor | None, rows: Tensor | None, seed: Tensor | None, window: int | None,
     scale: float | None, dropout_p: float, content_bias: Tensor | None = None,
-    position_bias: Tensor | None = None, out_scale: Tensor | None = None,
+    position_bias: Tensor | None = None, out_scale: Tensor | None = None, left: int | None = None,
+    longest: int | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The arguments of the op, of which some become a scheme; the scale is never None."""
     scheme = biases = None
     if content_bias is not None and position_bias is not None:
         biases = content_bias, position_bias
     if kind is not None and table is not None:
-        scheme = Scheme(kind, table, rows, biases)
+        scheme = Scheme(kind, table, rows, biases, left)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return q, k, v, lengths, scheme, seed, window, scale, dropout_p, out_scale
+    return q, k, v, lengths, scheme, seed, window, scale, dropout_p, out_scale, longest
+
+
+def _unpack_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    lengths: Tensor | None, kind: str | None, table: Tensor | None, rows: Tensor | None,
+    seed: Tensor | None, window: int | None, scale: float | None, dropout_p: float,
+    needs_table: bool, longest: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of the gradient's op, likewise; the longest utterance."""
+    shared = (lengths, kind, table, rows, seed, window, scale, dropout_p)
+    options = _unpack(q, k, v, *shared)[3:9]
+    return (grad_out, q, k, v, out, lse, *options, needs_table), longest
 
 
 def _cpu_native(q: Tensor) -> bool:
@@ -111,8 +128,11 @@ def _cpu_bias(
 
 @torch.library.impl("lowbit::flash_attention", "cpu")
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, out_scale = _unpack(*args)
-    out, lse = _attend_cpu(*inputs)
+    *inputs, out_scale, longest = _unpack(*args)
+    if longest is None:
+        out, lse = attend_cpu(*inputs)
+    else:
+        out, lse = attend_packed(attend_cpu, *inputs, longest=longest)
     if out_scale is None:
         return out, lse
     rows = out.transpose(1, 2)
@@ -120,7 +140,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return empty_heads(out, torch.int8).copy_(levels.transpose(1, 2)), lse
 
 
-def _attend_cpu(
+def attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scheme: Scheme | None,
     seed: Tensor | None, window: int | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -128,7 +148,7 @@ def _attend_cpu(
     if q.numel() == 0:
         return empty_heads(q), q.new_empty(q.shape[:3], dtype=wide)
     if scheme is not None:
-        q, scheme = scheme.with_rows(q)
+        q, scheme = scheme.expanded(q.shape[2] - 1).with_rows(q)
     bias = scheme_scores(q, scheme, scale)
     if _cpu_native(q):
         drop: tuple[int, float] = (0, 0.0) if seed is None else (int(seed), dropout_p)
@@ -157,8 +177,18 @@ def _attend_cpu(
 
 @torch.library.impl("lowbit::flash_attention_backward", "cpu")
 def _cpu_backward(*args: Any) -> Gradients:
-    grad_out, q, k, v, out, lse, *rest, needs = args
-    *_, lengths, scheme, seed, window, scale, dropout_p, _ = _unpack(q, k, v, *rest)
+    inputs, longest = _unpack_backward(*args)
+    if longest is None:
+        return _differentiate_cpu(*inputs)
+    return differentiate_packed(_differentiate_cpu, *inputs, longest=longest)
+
+
+def _differentiate_cpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    lengths: Tensor | None, scheme: Scheme | None, seed: Tensor | None, window: int | None,
+    scale: float, dropout_p: float, needs: bool,
+) -> Gradients:  # fmt: skip
+    """The gradients of ``attend_cpu``."""
     bias = scheme_scores(q, scheme, scale)
     needs_scores = scheme is not None and (needs or scheme.rows is not None)
     if _cpu_native(q):
@@ -206,17 +236,15 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     # imported on first use, so that `import lowbit_kernels` needs no GPU and no Triton
     from lowbit_kernels.attention.forward_kernel import flash_attention_triton
 
-    return flash_attention_triton(*_unpack(*args))
+    *inputs, longest = _unpack(*args)
+    return flash_attention_triton(*(*inputs, None, longest))
 
 
 def _cuda_backward(*args: Any) -> Gradients:
     from lowbit_kernels.attention.backward_kernel import flash_attention_backward_triton
 
-    grad_out, q, k, v, out, lse, *rest, needs = args
-    *_, lengths, scheme, seed, window, scale, dropout_p, _ = _unpack(q, k, v, *rest)
-    return flash_attention_backward_triton(
-        grad_out, q, k, v, out, lse, lengths, scheme, seed, window, scale, dropout_p, needs
-    )
+    inputs, longest = _unpack_backward(*args)
+    return flash_attention_backward_triton(*(*inputs, None, longest))
 
 
 implement_on_cuda("lowbit::flash_attention", _cuda)
@@ -225,8 +253,8 @@ implement_on_cuda("lowbit::flash_attention_backward", _cuda_backward)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, lengths, ctx.kind, table, rows, seed, *options = inputs
-    assert options[3:] == [None, None, None], "biases and out_scale have no gradient"
-    ctx.options, (out, lse) = options[:3], output
+    assert options[3:7] == [None] * 4, "what serves inference alone has no gradient"
+    ctx.options, ctx.longest, (out, lse) = options[:3], options[7], output
     ctx.save_for_backward(q, k, v, out, lse, lengths, table, rows, seed)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -234,14 +262,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 14
+        return (None,) * 16
     *tensors, table, rows, seed = ctx.saved_tensors
     needs_table, needs_rows = ctx.needs_input_grad[5:7]
     dq, dk, dv, dtable, drows = torch.ops.lowbit.flash_attention_backward.default(
-        grad_out, *tensors, ctx.kind, table, rows, seed, *ctx.options, needs_table
+        grad_out, *tensors, ctx.kind, table, rows, seed, *ctx.options, needs_table, ctx.longest
     )
     table_grad, rows_grad = dtable if needs_table else None, drows if needs_rows else None
-    return dq, dk, dv, None, None, table_grad, rows_grad, *(None,) * 7
+    return dq, dk, dv, None, None, table_grad, rows_grad, *(None,) * 9
 
 
 torch.library.register_autograd("lowbit::flash_attention", _backward, setup_context=_setup_context)
@@ -287,7 +315,7 @@ def flash_attention(
     Raises:
         ValueError: on a wrong shape, dtype, device or value, naming the argument.
     """
-    return _attend(q, k, v, lengths, window, position, scale, dropout_p)
+    return attend(q, k, v, lengths, window, position, scale, dropout_p)
 
 
 def attend_int8(
@@ -319,17 +347,24 @@ def attend_int8(
             gradient.
     """
     check_like("out_scale", out_scale, (), torch.float32, q)
-    return _attend(q, k, v, lengths, window, position, scale, 0.0, out_scale)
+    return attend(q, k, v, lengths, window, position, scale, 0.0, out_scale)
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None,
     position: Position | Scheme | None, scale: float | None, dropout_p: float,
-    out_scale: Tensor | None = None,
+    out_scale: Tensor | None = None, longest: int | None = None,
 ) -> Tensor:  # fmt: skip
+    """``flash_attention``; with ``longest`` of packed utterances [1, H, total, D].
+
+    ``lengths`` are where they begin, then, and the end: [B + 1].
+    """
     check_heads(q, k, v)
-    check_options(q, lengths, window, scale, dropout_p)
-    check_position(q, position, window)
+    check_options(q, lengths if longest is None else None, window, scale, dropout_p)
+    reach = window
+    if longest is not None:
+        reach = longest - 1 if window is None else min(window, longest - 1)
+    check_position(q, position, reach)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -339,9 +374,15 @@ def _attend(
         raise ValueError("out_scale: an int8 result has no gradient, which an input needs here")
     if backend.name == "flash_attn" and out_scale is None:
         return flash_attn_backend(q, k, v, window, scale, dropout_p)
-    scheme = resolve(q, position, window)
+    compact = not trains and q.shape[-1] <= MAX_CLIPPED_HEAD_DIM
+    scheme = resolve(q, position, reach, compact=compact)
     if trains and scheme is not None:
         q, scheme = scheme.with_rows(q)
+        if backend.name == "triton_dense" and longest is not None:
+            raise NotImplementedError(
+                "gradients of packed utterances with a position of offsets serve 16 bits, and fp32 "
+                f"up to D = {MAX_FP32_HEAD_DIM}; got {q.dtype} with D = {q.shape[-1]}"
+            )
         if backend.name == "triton_dense":
             T, D = q.shape[2:]
             scheme = Scheme("dense", scheme.scores(T, D**-0.5 if scale is None else scale))
@@ -350,6 +391,7 @@ def _attend(
     of_scheme = (None,) * 3 if scheme is None else (scheme.kind, scheme.table, scheme.rows)
     biases = (None, None) if scheme is None or scheme.biases is None else scheme.biases
     out, _ = torch.ops.lowbit.flash_attention.default(
-        q, k, v, lengths, *of_scheme, seed, window, scale, dropout_p, *biases, out_scale
-    )
+        q, k, v, lengths, *of_scheme, seed, window, scale, dropout_p, *biases, out_scale,
+        None if scheme is None else scheme.left, longest,
+    )  # fmt: skip
     return out

@@ -89,12 +89,28 @@ class Scheme:
             [B, H, T, D] that score the keys. None there: q itself, see ``biases``.
         biases: None, or what is added to q [B, H, T, D] where it scores the keys of frames, and of
             offsets: [H, D] each.
+        left: the table's place of offset 0, where its ends serve all offsets beyond them; None:
+            its middle.
     """
 
     kind: str
     table: Tensor
     rows: Tensor | None = None
     biases: tuple[Tensor, Tensor] | None = None
+    left: int | None = None
+
+    def expanded(self, largest: int) -> "Scheme":
+        """With a table of all offsets from -R to R, R being ``largest``."""
+        if self.left is None:
+            return self
+        offsets = torch.arange(-largest, largest + 1, device=self.table.device)
+        places = offsets.clamp(-self.left, self.table.shape[1] - 1 - self.left) + self.left
+        return Scheme(self.kind, self.table[0][places][None], self.rows, self.biases)
+
+    def at(self, frames: slice) -> "Scheme":
+        """Of some frames alone."""
+        rows = None if self.rows is None else self.rows[:, :, frames]
+        return Scheme(self.kind, self.table, rows, self.biases, self.left)
 
     def with_rows(self, q: Tensor) -> tuple[Tensor, "Scheme"]:
         """The queries that score the keys of frames, and a scheme that has those of offsets."""
@@ -165,8 +181,13 @@ def _by_key(per_offset: Tensor) -> Tensor:
     return per_offset.as_strided((B, H, T, T), strides, per_offset.storage_offset() + T - 1)
 
 
-def resolve(q: Tensor, position: Position | Scheme | None, window: int | None) -> Scheme | None:
-    """The scheme for queries [B, H, T, D]; shapes have been checked."""
+def resolve(
+    q: Tensor, position: Position | Scheme | None, window: int | None, *, compact: bool = False
+) -> Scheme | None:
+    """The scheme for queries [B, H, T, D]; shapes have been checked.
+
+    ``compact``: tables of clipped offsets stay as they are, see ``Scheme.left``; for the forward.
+    """
     if position is None or isinstance(position, Scheme):
         return position
     if isinstance(position, DenseBias):
@@ -177,10 +198,8 @@ def resolve(q: Tensor, position: Position | Scheme | None, window: int | None) -
         return Scheme("relative", position.keys.to(q.dtype), biases=biases)
     largest = max(0, q.shape[2] - 1 if window is None else min(window, q.shape[2] - 1))
     if isinstance(position, RelativeKey):
-        offsets = torch.arange(-largest, largest + 1, device=q.device)
-        right = position.table.shape[0] - 1 - position.left
-        clipped = offsets.clamp(-position.left, right) + position.left
-        return Scheme("relative", position.table.to(q.dtype)[clipped][None])
+        scheme = Scheme("relative", position.table.to(q.dtype)[None], left=position.left)
+        return scheme if compact else scheme.expanded(largest)
     return Scheme("offset", resolve_bias(position, largest), position.gate)
 
 

@@ -16,6 +16,7 @@ largest offset of a table.
 import triton
 import triton.language as tl
 
+from lowbit_kernels.attention.int8_reference import BLOCK_FRAMES
 from lowbit_kernels.attention.low_bit_reference import MIN_STEP
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -23,6 +24,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PAD_TO = tl.constexpr(16)
 LN_2 = tl.constexpr(0.6931471805599453)
 _MIN_STEP = tl.constexpr(MIN_STEP)
+# frames of int8 queries or keys that share a scale; a tile has as many keys, or a divisor
+SCALE_BLOCK = tl.constexpr(BLOCK_FRAMES)
 
 
 @triton.jit
@@ -39,6 +42,21 @@ def load_length(lengths_ptr, b, T):
     else:
         length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), T).to(tl.int32)
     return length
+
+
+@triton.jit
+def utterance(lengths_ptr, b, T, IS_PACKED: tl.constexpr):
+    # where it begins, in its tensors' first strides; its valid frames, and those it has rows for;
+    # packed ones begin at a frame, the strides of frames being the first ones, too
+    if IS_PACKED:
+        begin = tl.load(lengths_ptr + b).to(tl.int64)
+        frames = tl.load(lengths_ptr + b + 1).to(tl.int64) - begin
+        frames = tl.minimum(tl.maximum(frames, 0), T).to(tl.int32)
+        length = frames
+    else:
+        begin, frames = b, T
+        length = load_length(lengths_ptr, b, T)
+    return begin, length, frames
 
 
 @triton.jit
@@ -73,10 +91,15 @@ def add_features(tile, ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_offsets(ptr, start, stride_o, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                 COUNT: tl.constexpr):  # fmt: skip
-    # the keys [COUNT, BLOCK_D] of offsets from start on, 0 where the table has none
+                 COUNT: tl.constexpr, right=None):  # fmt: skip
+    # the keys [COUNT, BLOCK_D] of offsets from start on, 0 where the table has none or, with the
+    # largest offset to the right given, those of its ends
     offs_o, offs_d = start + tl.arange(0, COUNT), tl.arange(0, BLOCK_D)
-    mask = (tl.abs(offs_o) <= largest)[:, None]
+    if right is not None:
+        offs_o = tl.minimum(tl.maximum(offs_o, -largest), right)
+        mask = (offs_o <= right)[:, None]
+    else:
+        mask = (tl.abs(offs_o) <= largest)[:, None]
     if BLOCK_D > D:
         mask = mask & (offs_d[None, :] < D)
     ptrs = ptr + offs_o[:, None].to(tl.int64) * stride_o + offs_d[None, :]
@@ -93,11 +116,11 @@ def take_flat(x, index, COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.conste
 @triton.jit
 def scores_of_offsets(
     rows, table_ptr, start_q, start_k, stride_o, largest, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, IS_TRANSPOSED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, IS_TRANSPOSED: tl.constexpr, INPUT_PRECISION: tl.constexpr, right=None,
 ):  # fmt: skip
     # rows times a band, the keys of 2 BLOCK offsets, by key: [query, key] or transposed
     start, line = start_k - start_q - BLOCK, tl.arange(0, BLOCK)
-    keys = load_offsets(table_ptr, start, stride_o, largest, D, BLOCK_D, 2 * BLOCK)
+    keys = load_offsets(table_ptr, start, stride_o, largest, D, BLOCK_D, 2 * BLOCK, right)
     if IS_TRANSPOSED:
         band = tl.dot(keys, tl.trans(rows), input_precision=INPUT_PRECISION)
         index = (BLOCK + line[:, None] - line[None, :]) * BLOCK + line[None, :]
@@ -140,11 +163,36 @@ def visible_range(start, length, window, BLOCK: tl.constexpr, STEP: tl.constexpr
 
 
 @triton.jit
-def visible(offs_q, offs_k, length, window):
-    mask = (offs_q < length) & (offs_k < length)
+def whole_range(start, length, window, lo, hi, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    # of [lo, hi), the steps of which every frame of [start, start + BLOCK) sees every frame
+    first, end = lo, tl.minimum(length // STEP * STEP, hi)
+    if window is not None:
+        first = tl.maximum(tl.cdiv(start + BLOCK - 1 - window, STEP) * STEP, lo)
+        end = tl.minimum((start + window + 1) // STEP * STEP, end)
+    return first, tl.maximum(first, end)
+
+
+@triton.jit
+def start_of_step(step, part: tl.constexpr, lo, whole, whole_end):
+    # part 0 are the whole steps, part 1 those before and after them
+    start = whole + step if part == 0 else lo + step
+    if part == 1:
+        start += tl.where(start >= whole, whole_end - whole, 0)
+    return start
+
+
+@triton.jit
+def visible_keys(offs_q, offs_k, length, window):
+    # of queries that may lie beyond the length
+    mask = offs_k < length
     if window is not None:
         mask = mask & (tl.abs(offs_q - offs_k) <= window)
     return mask
+
+
+@triton.jit
+def visible(offs_q, offs_k, length, window):
+    return visible_keys(offs_q, offs_k, length, window) & (offs_q < length)
 
 
 @triton.jit

@@ -53,7 +53,8 @@ def quantize(
             linear layer with ``input_scale="utterance"`` padding is part of the utterance.
         fuse: let the encoder layers of transformers' wav2vec2 family and of Whisper run in a
             handful of ops in inference: one matmul for queries, keys and values, norms that make
-            the next layer's int8 rows, residuals and activations in the matmuls' epilogues. Sets
+            the next layer's int8 rows or, in 16 bits, are part of the matmuls around them,
+            residuals and activations in the matmuls' epilogues. Sets
             ``attn_implementation="lowbit"``; with another one, with gradients, under autocast or
             ``torch.compile``, or with hooks or adapters inside, a layer runs as without ``fuse``.
         dry_run: only report.

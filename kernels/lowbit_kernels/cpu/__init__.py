@@ -1,6 +1,11 @@
 """CPU kernels: int8 and low-bit products, convolutions, front end, attention, norms."""
 
-from lowbit_kernels.cpu.attention import attention_backward_cpu, attention_cpu, empty_heads
+from lowbit_kernels.cpu.attention import (
+    attention_backward_cpu,
+    attention_cpu,
+    empty_gates,
+    empty_heads,
+)
 from lowbit_kernels.cpu.conv1d import conv1d_cpu
 from lowbit_kernels.cpu.front_end import FrontEndLayer, Norm, front_end_cpu
 from lowbit_kernels.cpu.library import cpu_backend
@@ -19,6 +24,7 @@ __all__ = [
     "attention_cpu",
     "conv1d_cpu",
     "cpu_backend",
+    "empty_gates",
     "empty_heads",
     "front_end_cpu",
     "group_norm_backward_cpu",

@@ -21,6 +21,13 @@ def empty_heads(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_strided(q.shape, strides, dtype=dtype or q.dtype, device=q.device)
 
 
+def empty_gates(q: Tensor, dtype: torch.dtype, is_packed: bool) -> Tensor:
+    """Uninitialized [B, H, T]; of packed utterances in memory order [B, T, H]."""
+    if is_packed:
+        return empty_heads(q[..., :1], dtype)[..., 0]
+    return q.new_empty(q.shape[:3], dtype=dtype)
+
+
 def attention_cpu(
     q: Tensor,
     k: Tensor,

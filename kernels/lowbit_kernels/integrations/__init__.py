@@ -14,6 +14,7 @@ when_imported(
 )
 when_imported(
     "torch.utils.flop_counter",
+    "lowbit_kernels.attention.flops",
     "lowbit_kernels.conv1d.flops",
     "lowbit_kernels.fake_quant.flops",
     "lowbit_kernels.matmul.flops",

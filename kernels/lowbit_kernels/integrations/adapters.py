@@ -34,6 +34,7 @@ from lowbit_kernels.integrations import (
     wavlm,
     xvector,
 )
+from lowbit_kernels.integrations.chosen_attention import NAME, require_lowbit
 from lowbit_kernels.integrations.class_swap import (
     Swapped,
     is_one_of,
@@ -85,7 +86,10 @@ def _find_attention(model: nn.Module) -> list[nn.Module]:
 def _use_attention(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
-            module.set_attn_implementation("lowbit")
+            module.set_attn_implementation(NAME)
+    for module in _find_attention(model):
+        if require_lowbit not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(require_lowbit)
 
 
 ATTENTIONS.append(AttentionModules(_find_attention, _use_attention))

@@ -46,7 +46,8 @@ def restore_class(module: nn.Module) -> nn.Module:
         module.__class__ = module._origin
     for key, hook in list(module._forward_pre_hooks.items()):
         if str(getattr(hook, "__module__", "")).startswith("lowbit_kernels.integrations."):
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
     return module
 
 

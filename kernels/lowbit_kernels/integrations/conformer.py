@@ -111,13 +111,12 @@ def convolve_module(
     lengths: Tensor | None = None,
     layer_norm: nn.LayerNorm | None = None,
     padding: tuple[int, int] | None = None,
-    residual: Tensor | None = None,
 ) -> Tensor:
     """A convolution module of transformers as three ops, [B, T, C] to [B, T, C]."""
     return convolve(
         x, module.pointwise_conv1, module.depthwise_conv, norm, epilogue_of(module.activation),
         module.pointwise_conv2, padding=padding or module.depthwise_conv.padding[0],
-        layer_norm=layer_norm, lengths=lengths, residual=residual,
+        layer_norm=layer_norm, lengths=lengths,
     )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit_kernels.attention import Position
+from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.conformer import (
     MaskedConformerLayer,
-    convolve_module,
     fuses_module,
 )
 from lowbit_kernels.integrations.encoder_layers import (
@@ -25,6 +25,8 @@ from lowbit_kernels.integrations.encoder_layers import (
 from lowbit_kernels.integrations.relative_attention import relative_keys, transformer_xl
 from lowbit_kernels.modules import QLinear
 from lowbit_kernels.modules.blocks import (
+    Reader,
+    add_linear,
     can_join,
     joined,
     linear,
@@ -32,6 +34,7 @@ from lowbit_kernels.modules.blocks import (
     normalize_twice,
     operand,
 )
+from lowbit_kernels.modules.conv_module import convolve_rows
 
 
 class SharedPositions:
@@ -69,8 +72,9 @@ class SharedPositions:
 class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
     """Feed-forward, attention, convolution module, feed-forward and norm.
 
-    Norm and two matmuls; norm, one matmul, attention and one matmul; four launches; norm and two
-    matmuls; norm: 15, and one an encoder for the projected positions. With int8 inputs 18.
+    Two matmuls; norm, one matmul, attention and one matmul; four launches; norm and two matmuls;
+    two norms in one: 14, with int8 inputs 18, and one an encoder for the projected positions. With
+    16-bit inputs 11: what is between two matmuls is part of them.
     """
 
     _scratch = (*FusedLayer._scratch, "_positions")
@@ -99,8 +103,8 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
     def _norm(self) -> Any:
         return self.conv_module.batch_norm
 
-    def _padding(self) -> tuple[int, int] | None:
-        return None
+    def _padding(self) -> Any:
+        return self.conv_module.depthwise_conv.padding[0]
 
     def _fused(
         self,
@@ -111,21 +115,32 @@ class FusedConformerLayer(FusedLayer, MaskedConformerLayer):
     ) -> Tensor:
         attention, (first, second), norms, _others = parts
         rows = self._take(x)
-        x = first.run(normalize(x, norms[0], operand(first.first)) if rows is None else rows, x)
-        qkv = joined(self, attention.inputs)
-        position = self._position(x, **kwargs)
-        x = self._attend(normalize(x, norms[1], qkv), qkv, x, lengths, attention, position)
-        conv = self.conv_module
-        x = convolve_module(
-            conv, x, self._norm(), lengths, conv.layer_norm, self._padding(), residual=x
+        rows = normalize(x, norms[0], operand(first.first)) if rows is None else rows
+        qkv, conv = joined(self, attention.inputs), self.conv_module
+        dtype = x.dtype
+        readers = (
+            Reader(norms[1], qkv),
+            Reader(conv.layer_norm, operand(conv.pointwise_conv1)),
+            Reader(norms[2], operand(second.first)),
         )
-        x = second.run(normalize(x, norms[2], operand(second.first)), x)
+        x, stats = add_linear(first.hidden(rows, dtype), first.last, x, readers[0])
+        rows, position = normalize(x, *readers[0], stats), self._position(x, **kwargs)
+        rows = self._attended(rows, qkv, dtype, lengths, attention, position)
+        x, stats = add_linear(rows, operand(attention.output), x, readers[1])
+        rows = convolve_rows(
+            normalize(x, *readers[1], stats), conv.pointwise_conv1, conv.depthwise_conv,
+            self._norm(), epilogue_of(conv.activation), conv.pointwise_conv2, dtype=dtype,
+            padding=self._padding(), lengths=lengths,
+        )  # fmt: skip
+        x, stats = add_linear(rows, operand(conv.pointwise_conv2), x, readers[2])
+        rows = second.hidden(normalize(x, *readers[2], stats), dtype)
+        x = linear(rows, second.last, dtype, residual=x)
         following = self.following()
         after = None if following is None else following._parts()
-        reader = None if after is None else after.feed_forwards[0].first
-        if after is None or type(reader) is not QLinear or not is_affine(after.norms[0]):
+        to = None if after is None else after.feed_forwards[0].first
+        if after is None or type(to) is not QLinear or not is_affine(after.norms[0]):
             return norms[3](x)  # type: ignore[no-any-return]
-        y, made = normalize_twice(x, norms[3], after.norms[0], operand(reader))
+        y, made = normalize_twice(x, norms[3], after.norms[0], operand(to))
         following._hand(y, made)
         return y
 
@@ -148,5 +163,5 @@ class FusedBertConformerLayer(FusedConformerLayer):
     def _norm(self) -> Any:
         return self.conv_module.depthwise_layer_norm
 
-    def _padding(self) -> tuple[int, int] | None:
+    def _padding(self) -> Any:
         return self.conv_module.depthwise_conv.kernel_size[0] - 1, 0

@@ -23,8 +23,11 @@ from lowbit_kernels.modules import QLinear
 from lowbit_kernels.modules.blocks import (
     Int8Rows,
     Operand,
+    Reader,
+    UnnormalizedRows,
+    add_linear,
     can_join,
-    feed_forward,
+    hidden,
     joined,
     linear,
     normalize,
@@ -50,10 +53,21 @@ class FeedForward(NamedTuple):
     second: Any
     factor: float = 1.0
 
+    @property
+    def last(self) -> Operand:
+        """The second layer."""
+        return operand(self.second, self.factor)
+
+    def hidden(
+        self, x: Tensor | Int8Rows | UnnormalizedRows, dtype: torch.dtype
+    ) -> Tensor | Int8Rows:
+        """What the second layer takes, of x [B, T, C]."""
+        return hidden(x, operand(self.first), self.last, epilogue_of(self.activation), dtype)
+
     def run(self, x: Tensor | Int8Rows, residual: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C], added to the residual."""
-        first, second = operand(self.first), operand(self.second, self.factor)
-        return feed_forward(x, first, second, epilogue_of(self.activation), residual)
+        inner = self.hidden(x, residual.dtype)
+        return linear(inner, self.last, residual.dtype, residual=residual)
 
 
 class Parts(NamedTuple):
@@ -131,7 +145,21 @@ class FusedLayer(Swapped):
         position: Position | Scheme | None = None,
     ) -> Tensor:
         """Attention over what ``qkv`` takes, added to the residual, [B, T, C]."""
-        heads = linear(rows, qkv, residual.dtype)
+        dtype = residual.dtype
+        attended = self._attended(rows, qkv, dtype, lengths, attention, position)
+        return linear(attended, operand(attention.output), dtype, residual=residual)
+
+    def _attended(
+        self,
+        rows: Tensor | Int8Rows | UnnormalizedRows,
+        qkv: Operand,
+        dtype: torch.dtype,
+        lengths: Tensor | None,
+        attention: Attention,
+        position: Position | Scheme | None = None,
+    ) -> Tensor | Int8Rows:
+        """Attention over what ``qkv`` takes, for the layer behind it, [B, T, C]."""
+        heads = linear(rows, qkv, dtype)
         q, k, v = heads.view(*heads.shape[:2], 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
         to = operand(attention.output)
         if to.static is None:
@@ -140,27 +168,32 @@ class FusedLayer(Swapped):
             scale = to.weight.input_scale
             assert scale is not None, "a static weight has the scale of its input"
             out = attend_int8(q, k, v, lengths=lengths, position=position, out_scale=scale)
-        rows = out.transpose(1, 2).flatten(2)
-        attended = rows if to.static is None else Int8Rows(rows, None)
-        return linear(attended, to, residual.dtype, residual=residual)
+        out = out.transpose(1, 2).flatten(2)
+        return out if to.static is None else Int8Rows(out, None)
 
     def following(self) -> Any:
         """The layer behind this one that gets its result as it is, and may get more; or None."""
         following = self.__dict__.get("_next", lambda: None)()
         return None if following is None or has_hooks(self) or has_hooks(following) else following
 
-    def _hand(self, y: Tensor, made: Tensor | Int8Rows) -> None:
-        """Leave what the layer before has made of its result y for this one's first matmul."""
+    def _hand(self, y: Tensor, made: Any) -> None:
+        """Leave what the layer before has made of its result y for this one's first matmul.
+
+        The input of that matmul, or statistics of the rows of y.
+        """
         self.__dict__["_handed"] = weakref.ref(y), made
 
-    def _take(self, x: Tensor) -> Tensor | Int8Rows | None:
+    def _take(self, x: Tensor) -> Any:
         """What the layer before has made of x, if it has."""
         of, made = self.__dict__.pop("_handed", (None, None))
         return made if of is not None and of() is x else None
 
 
 class PostNormLayer(FusedLayer):
-    """Attention, norm, feed-forward, norm: 7 launches, with int8 inputs 9."""
+    """Attention, norm, feed-forward, norm: 7 launches, with int8 inputs 9.
+
+    The result of a norm is a residual, too, so that somebody has to write it.
+    """
 
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
         attention, (block,), (first_norm, second_norm) = parts[:3]
@@ -182,20 +215,43 @@ class PostNormLayer(FusedLayer):
 
 
 class PreNormLayer(FusedLayer):
-    """Norm, attention, norm, feed-forward: 7 launches, with int8 inputs 9."""
+    """Norm, attention, norm, feed-forward: 7 launches, with int8 inputs 9.
+
+    With 16-bit inputs 5: a norm is part of the matmuls around it, but for the first one of all.
+    """
 
     def _fused(self, x: Tensor, lengths: Tensor | None, parts: Parts, **kwargs: Any) -> Tensor:
         attention, (block,), (first_norm, second_norm) = parts[:3]
-        qkv = joined(self, attention.inputs)
+        qkv, inner = joined(self, attention.inputs), operand(block.first)
+        stats = self._take(x)
+        rows: Tensor | Int8Rows | UnnormalizedRows
         if self._is_gated:
             y, made = normalize_and_keep(x, first_norm, qkv)
             rows = y if made is None else made
         else:
-            y, rows = x, normalize(x, first_norm, qkv)
-        h = self._attend(rows, qkv, x, lengths, attention, self._position(y, **kwargs))
-        y = block.run(normalize(h, second_norm, operand(block.first)), h)
+            y, rows = x, normalize(x, first_norm, qkv, stats)
+        position, reader = self._position(y, **kwargs), Reader(second_norm, inner)
+        attended = self._attended(rows, qkv, x.dtype, lengths, attention, position)
+        h, stats = add_linear(attended, operand(attention.output), x, reader)
+        following = self.following()
+        hands = isinstance(following, PreNormLayer) and block.last.folds(x)
+        after = following._reader() if hands else None
+        rows = block.hidden(normalize(h, *reader, stats), h.dtype)
+        y, stats = add_linear(rows, block.last, h, after)
         adapter = self._modules.get("adapter_layer")
-        return y if adapter is None else y + adapter(y)
+        if adapter is not None:
+            return y + adapter(y)  # type: ignore[no-any-return]
+        if stats is not None:
+            following._hand(y, stats)
+        return y
+
+    def _reader(self) -> Reader | None:
+        """The first norm, if nothing but a matmul reads it, and that matmul."""
+        parts = self._parts()
+        norm, inputs = parts.norms[0], parts.attention.inputs
+        if self._is_gated or not is_affine(norm) or not can_join(inputs):
+            return None
+        return Reader(norm, joined(self, inputs))
 
 
 class WhisperLayer(PreNormLayer):

@@ -30,6 +30,12 @@ _MIXINS: dict[str, type[FusedLayer]] = {
     "Wav2Vec2ConformerEncoderLayer": FusedConformerLayer,
     "Wav2Vec2BertEncoderLayer": FusedBertConformerLayer,
 }
+_REGISTERED: dict[type[nn.Module], type[FusedLayer]] = {}
+
+
+def register_fused(kind: type[nn.Module], mixin: type[FusedLayer]) -> None:
+    """Let ``fuse_layers`` put ``mixin`` in front of a layer class that is not transformers'."""
+    _REGISTERED[kind] = mixin
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -42,10 +48,11 @@ def fuse_layers(model: nn.Module) -> int:
     for module in list(model.modules()):
         # a conformer's is swapped already, for a mixin that the fused one extends
         origin = module._origin if isinstance(module, Swapped) else type(module)
-        mixin = _MIXINS.get(origin.__name__)
-        if mixin is None or not _chooses_attention(mixin, module):
-            continue
-        if origin.__module__.startswith("transformers."):
+        mixin = _REGISTERED.get(origin)
+        if mixin is None and origin.__module__.startswith("transformers."):
+            mixin = _MIXINS.get(origin.__name__)
+            mixin = mixin if mixin and _chooses_attention(mixin, module) else None
+        if mixin is not None:
             module.__class__ = origin
             swap_class(module, mixin)
     for module in model.modules():

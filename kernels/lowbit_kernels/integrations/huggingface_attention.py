@@ -1,5 +1,7 @@
 """``attn_implementation="lowbit"``: this library's attention behind transformers' interface.
 
+``"lowbit_int8"`` is the same with int8 scores (``int8_scores_attention``), for inference.
+
 Bidirectional self-attention runs fused, with key lengths taken from the padding mask and
 ``position_bias`` added in the kernel. Causal attention, cross-attention and every other mask (a
 decoder, a sliding window) run on PyTorch's scaled_dot_product_attention.
@@ -20,9 +22,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from lowbit_kernels.attention import DenseBias
-from lowbit_kernels.modules import attend
-
-NAME = "lowbit"
+from lowbit_kernels.integrations.chosen_attention import INT8_NAME, NAME, attend
 
 
 def lowbit_mask(**kwargs: Any) -> Tensor | None:
@@ -124,5 +124,6 @@ def lengths_of(mask: Tensor) -> Tensor:
 
 
 # both under one name: attention without its mask function would attend to padding
-AttentionInterface.register(NAME, lowbit_attention)
-AttentionMaskInterface.register(NAME, lowbit_mask)
+for name in (NAME, INT8_NAME):
+    AttentionInterface.register(name, lowbit_attention)
+    AttentionMaskInterface.register(name, lowbit_mask)

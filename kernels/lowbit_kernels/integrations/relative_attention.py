@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention import Position, RelativeKey, TransformerXL
+from lowbit_kernels.integrations.chosen_attention import attend, chosen
 from lowbit_kernels.integrations.class_swap import Swapped
-from lowbit_kernels.modules import attend
 
 
 class FusedRelativeAttention(Swapped):
@@ -95,8 +95,7 @@ class FusedParakeetAttention(Swapped):
 
 def _is_fused(module: Any, mask: Tensor | None) -> bool:
     """Whether the model asks for this library's attention, with a mask of padding alone."""
-    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return chosen == "lowbit" and (mask is None or not mask.is_floating_point())
+    return chosen(module) is not None and (mask is None or not mask.is_floating_point())
 
 
 def _lengths(mask: Tensor | None) -> Tensor | None:

@@ -33,11 +33,12 @@ def silence_offsets(model: nn.Module) -> dict[nn.Module, Tensor]:
     offsets: dict[nn.Module, Tensor] = {}
     for module in model.modules():
         if has_front_end(module):
-            offsets |= _layer_inputs(module.feature_extractor)
+            offsets |= layer_inputs(module.feature_extractor)
     return offsets
 
 
-def _layer_inputs(encoder: Any) -> dict[nn.Module, Tensor]:
+def layer_inputs(encoder: Any) -> dict[nn.Module, Tensor]:
+    """What each convolution of one front end but the first gets, as ``silence_offsets``."""
     weight = encoder.conv_layers[0].conv.weight
     hidden_states = torch.zeros(1, 1, _SAMPLES, dtype=weight.dtype, device=weight.device)
     inputs = {}

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lowbit_kernels.attention import BucketedBias
+from lowbit_kernels.integrations.chosen_attention import attend
 from lowbit_kernels.integrations.class_swap import Swapped
-from lowbit_kernels.modules import attend
 
 
 class SharedBias(NamedTuple):

@@ -60,4 +60,4 @@ class FusedWavLMLayer(_WavLMLayer, PostNormLayer):
 
 
 class FusedWavLMStableLayer(_WavLMLayer, PreNormLayer):
-    """WavLM-large's, whose gate reads the normalized input: as many."""
+    """WavLM-large's, whose gate reads the normalized input: as many, with 16-bit inputs 7."""

@@ -158,7 +158,7 @@ def _sum_parts(parts_ptr, offs, size, num_parts):
 
 @triton.jit(do_not_specialize=["M"])
 def _finish_kernel(
-    parts_ptr, scale_ptr, x_scale_ptr, x_stats_ptr, weight_sum_ptr, bias_ptr, residual_ptr,
+    parts_ptr, scale_ptr, x_scale_ptr, x_stats_ptr, columns_ptr, bias_ptr, residual_ptr,
     y_ptr, z_ptr, out_scale_ptr, stats_ptr,
     M, N, K, N_out, num_parts,
     stride_rm,
@@ -175,8 +175,9 @@ def _finish_kernel(
     z = _sum_parts(parts_ptr, m * N + cols, size, num_parts)
     if x_stats_ptr is not None:
         row = m + tl.arange(0, 1)
-        mean, row_scale = merge_statistics(x_stats_ptr, row, M, K, EPS, STATS_TILES)
-        z -= mean * tl.load(weight_sum_ptr + cols).to(tl.float32)
+        mean, rstd = merge_statistics(x_stats_ptr, row, M, K, EPS, STATS_TILES)
+        z -= mean * tl.load(columns_ptr + cols)
+        z = z * rstd + tl.load(columns_ptr + N + cols)
     if scale_ptr is not None:
         z *= tl.load(scale_ptr + cols) * row_scale
     if bias_ptr is not None:
@@ -187,7 +188,8 @@ def _finish_kernel(
         cols_g = cols + N_out
         gate = _sum_parts(parts_ptr, m * N + cols_g, size, num_parts)
         if x_stats_ptr is not None:
-            gate -= mean * tl.load(weight_sum_ptr + cols_g).to(tl.float32)
+            gate -= mean * tl.load(columns_ptr + cols_g)
+            gate = gate * rstd + tl.load(columns_ptr + N + cols_g)
         if scale_ptr is not None:
             gate *= tl.load(scale_ptr + cols_g) * row_scale
         if bias_ptr is not None:
@@ -233,20 +235,20 @@ def finish_triton(
         dtype: of the result.
         preactivation: [M, N], to be filled with what the activation sees.
         out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
-        norm: the LayerNorm of the product's left operand that is folded into the right one.
+        norm: of the product's left operand; the right one has its scale already.
         stats: [T, 2, M] fp32, to be filled with ``row_statistics`` of the result.
     """
     S, M, N = parts.shape
     N_out = N // 2 if epilogue == "glu" else N
     y = torch.empty(M, N_out, dtype=dtype, device=parts.device)
-    x_stats, weight_sum, K, eps = None, None, 0, None
+    x_stats, columns, K, eps = None, None, 0, None
     if norm is not None:
-        x_stats, weight_sum, K, eps = norm.stats, norm.weight_sum, norm.num_features, norm.eps
+        x_stats, columns, K, eps = norm.stats, norm.columns, len(norm.weight), norm.eps
     block, constants = _finish_constants(N_out, epilogue, K, eps)
     _launch_finish(
         (M, -(-N_out // block)),
         (
-            parts, scale, x_scale, x_stats, weight_sum, bias, residual,
+            parts, scale, x_scale, x_stats, columns, bias, residual,
             y, preactivation, out_scale, stats,
             M, N, K, N_out, S, 0 if residual is None else residual.stride(0),
         ),

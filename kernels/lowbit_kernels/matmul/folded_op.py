@@ -19,7 +19,7 @@ from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.matmul.op import PACKED, check_weight, empty_output, flatten, unpack
 from lowbit_kernels.matmul.reference import (
     InputNorm,
-    linear_normed_reference,
+    merge_statistics,
     num_stats_tiles,
     row_statistics,
 )
@@ -33,8 +33,8 @@ torch.library.define(
 )
 torch.library.define(
     "lowbit::linear_normed",
-    "(Tensor x, Tensor stats, Tensor weight_sum, float eps, Tensor? bias, Tensor? residual, "
-    f"str? epilogue, {PACKED}) -> Tensor",
+    "(Tensor x, Tensor stats, Tensor norm_weight, Tensor norm_bias, Tensor columns, float eps, "
+    f"Tensor? bias, Tensor? residual, str? epilogue, {PACKED}) -> Tensor",
 )
 
 
@@ -64,14 +64,11 @@ def _cpu_with_stats(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("lowbit::linear_normed", "cpu")
 def _cpu_normed(*args: Any) -> Tensor:
-    x, stats, weight_sum, eps, bias, residual, epilogue, weight = unpack(args)
-    # rounded to 16 bits only once the mean is gone
-    sums = linear_cpu(x.reshape(-1, weight.K).float(), weight)
-    rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    norm = InputNorm(stats, weight_sum, weight.K, eps)
-    y = linear_normed_reference(sums, weight.scale, norm, bias, rows, epilogue).to(x.dtype)
-    out: Tensor = torch.ops.aten._unsafe_view(y, output_shape(x, weight.N, epilogue))
-    return out
+    x, stats, norm_weight, norm_bias, _, eps, bias, residual, epilogue, weight = unpack(args)
+    mean, rstd = merge_statistics(stats, weight.K, eps)
+    rows = (x.reshape(-1, weight.K).float() - mean[:, None]) * rstd[:, None]
+    rows = torch.addcmul(norm_bias.float(), rows, norm_weight.float())
+    return linear_cpu(rows.to(x.dtype).view(x.shape), weight, bias, residual, epilogue)
 
 
 def _cuda_with_stats(*args: Any) -> tuple[Tensor, Tensor]:
@@ -85,8 +82,8 @@ def _cuda_with_stats(*args: Any) -> tuple[Tensor, Tensor]:
 def _cuda_normed(*args: Any) -> Tensor:
     from lowbit_kernels.matmul.cuda import linear_folded_cuda
 
-    x, stats, weight_sum, eps, bias, residual, epilogue, weight = unpack(args)
-    norm = InputNorm(stats.contiguous(), weight_sum.contiguous(), weight.K, eps)
+    x, stats, norm_weight, _, columns, eps, bias, residual, epilogue, weight = unpack(args)
+    norm = InputNorm(stats.contiguous(), norm_weight.contiguous(), columns.contiguous(), eps)
     return linear_folded_cuda(x, weight, bias, residual, epilogue, norm=norm)
 
 
@@ -162,33 +159,35 @@ def low_bit_linear_with_stats(
 def low_bit_linear_normed(
     x: Tensor,
     stats: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    columns: Tensor,
     weight: QuantizedWeight,
-    weight_sum: Tensor,
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
     epilogue: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer of a LayerNorm of x, whose scale and shift are in the weight and the bias.
+    """A linear layer of a LayerNorm of x.
 
-    Equivalent to ``low_bit_linear(F.layer_norm(x, (K,), eps=eps), weight, bias, ...)``. As
-    ``(x - mean) @ W.T = x @ W.T - mean * W.sum(1)``, x is multiplied as it is, and what is summed
-    in fp32 is rounded once the mean is taken off.
+    Equivalent to ``low_bit_linear(F.layer_norm(x, (K,), norm_weight, norm_bias, eps), weight, bias,
+    ...)``. On CUDA, as ``(x - mean) @ V.T = x @ V.T - mean * V.sum(1)``, x is multiplied as it is,
+    by V: the weight's integers times the norm's scale, rounded to the dtype of x once they are
+    unpacked. The sums, in fp32, are rounded to 16 bits once the mean is taken off.
 
-    The normalized input is never rounded, so that the result is as exact as that of two ops or
-    more, unless ``abs(mean) / deviation * abs(W.sum(1)) / norm(W)`` is large: the sums' own
-    rounding, about 1e-7 of it, then shows. On a CPU the error passed that of two fp16 ops at about
-    4000, and not yet at 30000 that of two bf16 ops. Weights without a preferred sign have a ratio
-    ``abs(W.sum(1)) / norm(W)`` near 1, those that are all equal one of ``sqrt(K)``.
+    In place of the normalized input, V is rounded, so that the result is as exact as that of two
+    ops, unless ``abs(mean) / deviation * abs(V.sum(1)) / norm(V)`` is large: the sums' own
+    rounding, about 1e-7 of it, then shows.
 
     Args:
         x: [..., K], fp16 or bf16.
         stats: [T, 2, M] fp32, ``row_statistics`` of x; ``low_bit_linear_with_stats`` gives them.
-        weight: [N, K], symmetric, its spec with ``inputs=None``: the rounded product of the layer's
-            weight and the norm's scale.
-        weight_sum: [N] int32, ``weight.integers().sum(1)``.
-        bias: [N], like x: the layer's own plus its float weight times the norm's shift.
+        norm_weight, norm_bias: [K], like x: the norm's scale, of magnitudes below 512 (V is at most
+            128 times as large), and its shift.
+        columns: [2, N] fp32, ``norm_columns(weight, norm_weight, norm_bias)``, to be kept.
+        weight: [N, K], symmetric, its spec with ``inputs=None``.
+        bias: [N], like x.
         eps: added to the variance.
         epilogue: as in ``low_bit_linear``.
         residual: [..., N_out], like x.
@@ -204,8 +203,10 @@ def low_bit_linear_normed(
     _check(x, weight, bias, residual, epilogue)
     stats_shape = (num_stats_tiles(weight.K), 2, x.shape[:-1].numel())
     check_like("stats", stats, stats_shape, torch.float32, x)
-    check_like("weight_sum", weight_sum, (weight.N,), torch.int32, x)
+    check_like("norm_weight", norm_weight, (weight.K,), x.dtype, x)
+    check_like("norm_bias", norm_bias, (weight.K,), x.dtype, x)
+    check_like("columns", columns, (2, weight.N), torch.float32, x)
     y: Tensor = torch.ops.lowbit.linear_normed.default(
-        x, stats, weight_sum, eps, bias, residual, epilogue, *flatten(weight)
+        x, stats, norm_weight, norm_bias, columns, eps, bias, residual, epilogue, *flatten(weight)
     )
     return y

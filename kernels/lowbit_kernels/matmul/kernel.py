@@ -35,7 +35,13 @@ from lowbit_kernels.matmul.persistent_kernel import (
 )
 from lowbit_kernels.matmul.reference import InputNorm
 from lowbit_kernels.matmul.statistics_kernel import merge_statistics
-from lowbit_kernels.matmul.tile_kernel import decode_run, load_bytes, tile_rows, write_tile
+from lowbit_kernels.matmul.tile_kernel import (
+    decode_run,
+    load_bytes,
+    scale_columns,
+    tile_rows,
+    write_tile,
+)
 
 # of each row of the weight, into L2 before an early start's wait
 PREFETCH_LINES, LINE_BYTES = tl.constexpr(4), tl.constexpr(128)
@@ -45,8 +51,8 @@ PREFETCH_LINES, LINE_BYTES = tl.constexpr(4), tl.constexpr(128)
 @triton.jit(do_not_specialize=["M", "T"])
 def _linear_kernel(
     x_ptr, qweight_ptr, scale_ptr, group_scale_ptr, zero_point_ptr, x_scale_ptr,
-    x_stats_ptr, weight_sum_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr, stats_ptr,
-    out_offset_ptr, largest_ptr,
+    x_stats_ptr, norm_weight_ptr, columns_ptr,
+    bias_ptr, residual_ptr, y_ptr, z_ptr, out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
     M, N, K, T, N_out, num_groups, steps_per_split,
     stride_xb, stride_xt, stride_qn, stride_rm,
     GROUPS: tl.constexpr,
@@ -125,6 +131,8 @@ def _linear_kernel(
                     stride_qn, num_groups, BITS, GROUP_SIZE, d * PER_DOT, DTYPE, PAIRS,
                     PER_DOT, BLOCK_BYTES, EVEN_K,
                 )  # fmt: skip
+                if norm_weight_ptr is not None:
+                    w = scale_columns(w, norm_weight_ptr, start, K, EVEN_K)
                 acc = tl.dot(w, x, acc, out_dtype=SUM)
     if EARLY_START:
         gdc_launch_dependents()
@@ -136,12 +144,13 @@ def _linear_kernel(
     else:
         scale = tl.load(scale_ptr + offs_n) if zero_point_ptr is None else None
         bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
-        mean, rstd, weight_sum = None, None, None
+        mean, rstd, column, shift = None, None, None, None
         if x_stats_ptr is not None:
             mean, rstd = merge_statistics(x_stats_ptr, rows, M, K, EPS, STATS_TILES)
-            weight_sum = tl.load(weight_sum_ptr + offs_n).to(tl.float32)
+            column = tl.load(columns_ptr + offs_n)
+            shift = tl.load(columns_ptr + N + offs_n)
         write_tile(
-            acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            acc, scale, bias, mean, rstd, column, shift, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
             out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
             start_m, start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
             EPILOGUE, GROUPS, 0,
@@ -261,7 +270,7 @@ def linear_triton(
         dtype: of the result; that of ``x_btk`` unless that is int8 or fp8.
         want_preactivation: whether to store what the activation sees.
         out_scale: [] fp32, the static scale of an int8 result; ``dtype`` is int8 then.
-        norm: the LayerNorm of x that is folded into the weight; x is not int8 then.
+        norm: a LayerNorm of x; x is not int8 then, and the weight symmetric.
         stats: [T, 2, B * T] fp32, to be filled with ``row_statistics`` of y; no ``"glu"`` then.
         out_offset: [N_out] fp32, subtracted from y before it is rounded; the sum is not split then.
         largest: [tiles of ``config.block_n``, B * T] fp32, to be filled with the largest magnitudes
@@ -288,9 +297,11 @@ def linear_triton(
         0 if residual is None else residual.stride(0),
     )  # fmt: skip
     packed = (weight.qweight, weight.scale, weight.group_scale, weight.zero_point)
+    x_stats, norm_weight, columns = None, None, None
+    if norm is not None:
+        x_stats, norm_weight, columns = norm.stats, norm.weight, norm.columns
     if config.splits == 1:
         y = torch.empty(M, plan.width, dtype=dtype, device=device)
-        x_stats, weight_sum = (None, None) if norm is None else (norm.stats, norm.weight_sum)
         outputs = (bias, residual, y, z, out_scale, stats, out_offset, largest)
         if plan.staying and all(extra is None for extra in outputs[-3:]):
             x_desc = describe_rows(x_btk, config.block_m, plan.run)
@@ -300,13 +311,13 @@ def linear_triton(
                 inputs = (x_desc, *packed, x_scale)
                 launch_persistent(grid, (*inputs, *outputs[:-3], *counts), plan.staying_constants)
                 return y, z
-        of_norm = (x_stats, weight_sum)
+        of_norm = (x_stats, norm_weight, columns)
         _launch(grid, (x_btk, *packed, x_scale, *of_norm, *outputs, *sizes), plan.constants)
         return y, z
     sums = torch.int32 if x_btk.dtype == torch.int8 else torch.float32
     parts = torch.empty(config.splits, M, width, dtype=sums, device=device)
     absent = (None, None, None)
-    args = (x_btk, *packed, x_scale, None, *absent, parts, *absent, None, None, *sizes)
+    args = (x_btk, *packed, x_scale, None, norm_weight, *absent, parts, *absent, None, None, *sizes)
     _launch(grid, args, plan.constants)
     scale = weight.scale if spec.symmetric else None
     y = finish_triton(

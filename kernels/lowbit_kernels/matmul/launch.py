@@ -33,7 +33,7 @@ class Launcher:
 
         Args:
             grid: programs along x, y and, if there are any, z.
-            args: tensors, descriptors of tensors, integers and None, in the kernel's order.
+            args: tensors, descriptors of tensors, numbers and None, in the kernel's order.
             constants: the kernel's constants and the compiler's options.
         """
         device = torch.cuda.current_device() if self._compiled else None
@@ -63,7 +63,7 @@ class Constants:
         self.values = dict(values)
 
 
-def _kind(arg: Tensor | TensorDescriptor | int | None) -> Any:
+def _kind(arg: Tensor | TensorDescriptor | int | float | None) -> Any:
     """What Triton compiles for: the dtype and alignment of a tensor, the divisibility of a number.
 
     It is finer than Triton's own, which leaves some numbers out: more entries, the same code.
@@ -72,6 +72,8 @@ def _kind(arg: Tensor | TensorDescriptor | int | None) -> Any:
         return None
     if isinstance(arg, int):
         return (arg & 15) == 0, arg == 1, -(2**31) <= arg < 2**31
+    if isinstance(arg, float):
+        return float
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, tuple(arg.block_shape)
     return arg.dtype, arg.data_ptr() & 15 == 0

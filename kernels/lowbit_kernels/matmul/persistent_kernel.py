@@ -66,7 +66,7 @@ def _linear_persistent_kernel(
         scale = tl.load(scale_ptr + offs_n) if zero_point_ptr is None else None
         bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
         write_tile(
-            acc, scale, bias, None, None, None, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            acc, scale, bias, None, None, None, None, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
             out_scale_ptr, None, None, None,
             start_m.to(tl.int64), start_n, offs_n, index_n < N_out, M, N, N_out, stride_rm,
             EPILOGUE, 1, 0,

@@ -214,45 +214,33 @@ def merge_statistics(stats: Tensor, num_features: int, eps: float) -> tuple[Tens
 
 @dataclass(frozen=True)
 class InputNorm:
-    """A LayerNorm of a layer's input x whose scale and shift are in the layer's weight and bias.
+    """A LayerNorm of a layer's input x that is applied to the product with the weight.
 
     Args:
         stats: [T, 2, M] fp32, ``row_statistics`` of x.
-        weight_sum: [N] int32, the sum over K of the integers of the symmetric weight.
-        num_features: K.
+        weight: [K], the norm's scale, in the dtype of x.
+        columns: [2, N] fp32, ``norm_columns``.
         eps: added to the variance.
     """
 
     stats: Tensor
-    weight_sum: Tensor
-    num_features: int
+    weight: Tensor
+    columns: Tensor
     eps: float
 
 
-def linear_normed_reference(
-    sums: Tensor,
-    scale: Tensor,
-    norm: InputNorm,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    epilogue: str | None,
-) -> Tensor:
-    """``epilogue(normalize(x) @ W.T + bias) + residual`` from the product of x itself.
-
-    As ``normalize(x) @ W.T = (x @ W.T - mean * W.sum(1)) / deviation``, whatever W is.
+def norm_columns(weight: QuantizedWeight, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """What a mean of 1, and the norm's shift, add to a product with the weight's integers.
 
     Args:
-        sums: [M, N] fp32, ``x @ W.T``.
-        scale: [N] fp32, of the weight.
-        norm: of x.
-        bias: [N].
-        residual: [M, N_out].
-        epilogue: as in ``linear_reference``.
+        weight: [N, K], symmetric.
+        norm_weight, norm_bias: [K], of the dtype that the integers are multiplied in.
 
     Returns:
-        [M, N_out] fp32.
+        [2, N] fp32: the sum over K of the integers times the norm's scale, rounded as the kernel
+        rounds them, and that of the integers times its shift.
     """
-    mean, rstd = merge_statistics(norm.stats, norm.num_features, norm.eps)
-    z = (sums - mean[:, None] * (norm.weight_sum * scale)) * rstd[:, None]
-    y = apply_epilogue(z if bias is None else z + bias.float(), epilogue)
-    return y if residual is None else y + residual.float()
+    integers = weight.integers()
+    scaled = integers.to(norm_weight.dtype) * norm_weight.detach()
+    shift = integers.double() @ norm_bias.detach().double()
+    return torch.stack((scaled.double().sum(1), shift)).float()

@@ -79,6 +79,17 @@ def decode_run(
 
 
 @triton.jit
+def scale_columns(w, norm_weight_ptr, start, K, EVEN_K: tl.constexpr):
+    # integers times the scale of a norm of x, rounded to the dtype of x
+    offs_k = start + tl.arange(0, w.shape[1])
+    if EVEN_K:
+        factor = tl.load(norm_weight_ptr + offs_k)
+    else:
+        factor = tl.load(norm_weight_ptr + offs_k, mask=offs_k < K, other=0.0)
+    return w * factor[None, :]
+
+
+@triton.jit
 def tile_rows(start_n, N, N_out, BLOCK_N: tl.constexpr, IS_GLU: tl.constexpr):
     # rows of the weight that a tile takes, those past the end the last one; and their numbers, to
     # be held against the end
@@ -95,7 +106,7 @@ def tile_rows(start_n, N, N_out, BLOCK_N: tl.constexpr, IS_GLU: tl.constexpr):
 
 @triton.jit
 def write_tile(
-    acc, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+    acc, scale, bias, mean, rstd, column, shift, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
     out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
     start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
     EPILOGUE: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr,
@@ -107,13 +118,13 @@ def write_tile(
         HALF: tl.constexpr = BLOCK_M // 2
         first, second = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
         write_tile(
-            first, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            first, scale, bias, mean, rstd, column, shift, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
             out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
             start_m, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
             EPILOGUE, GROUPS, FIRST,
         )  # fmt: skip
         write_tile(
-            second, scale, bias, mean, rstd, weight_sum, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
+            second, scale, bias, mean, rstd, column, shift, x_scale_ptr, residual_ptr, y_ptr, z_ptr,
             out_scale_ptr, stats_ptr, out_offset_ptr, largest_ptr,
             start_m + HALF, start_n, offs_n, mask_n, M, N, N_out, stride_rm,
             EPILOGUE, GROUPS, FIRST + HALF,
@@ -126,8 +137,8 @@ def write_tile(
         if mean is not None:
             # LayerNorm of x. A gather passes a few rows on, where a split would pass all at once
             index = FIRST + tl.arange(0, BLOCK_M)
-            z -= tl.gather(mean, index, 0)[None, :] * weight_sum[:, None]
-            z *= tl.gather(rstd, index, 0)[None, :]
+            z -= tl.gather(mean, index, 0)[None, :] * column[:, None]
+            z = z * tl.gather(rstd, index, 0)[None, :] + shift[:, None]
         if scale is not None:
             z *= scale[:, None]
         if x_scale_ptr is not None:

@@ -4,7 +4,6 @@ from lowbit_kernels.modules.attention import QAttention
 from lowbit_kernels.modules.base import QuantizedModule, check_spec
 from lowbit_kernels.modules.conv1d import QConv1d, folded_weight, takes_offset
 from lowbit_kernels.modules.conv_module import ConvolutionModule
-from lowbit_kernels.modules.folded import FoldedLinear
 from lowbit_kernels.modules.linear import QLinear
 from lowbit_kernels.modules.low_bit_matmuls import LowBitMatmuls, attend
 from lowbit_kernels.modules.qat import QATConv1d, QATLinear
@@ -12,7 +11,6 @@ from lowbit_kernels.modules.qat_base import QATModule, check_qat
 
 __all__ = [
     "ConvolutionModule",
-    "FoldedLinear",
     "LowBitMatmuls",
     "QATConv1d",
     "QATLinear",

@@ -1,13 +1,16 @@
 """What an encoder layer is made of, in as few ops as its parts allow, for inference.
 
 An input that a linear layer would round to int8 comes as int8 from the op before it: with a scale a
-row from a norm, with a static scale from another linear layer or from attention, too.
+row from a norm, with a static scale from another linear layer or from attention, too. Of a 16-bit
+input the matmul before a norm finds the rows' statistics, and the one behind it applies the norm.
 
-Dimension key: any leading dimensions; K input features, N output features.
+Dimension key: any leading dimensions; K input features, N output features; S tiles of features that
+share statistics, M rows.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,14 @@ from torch import Tensor, nn
 
 from lowbit_kernels.formats import QuantizedWeight
 from lowbit_kernels.formats.weight import TENSORS
-from lowbit_kernels.matmul import low_bit_linear, low_bit_linear_int8
+from lowbit_kernels.matmul import (
+    csrc,
+    low_bit_linear,
+    low_bit_linear_int8,
+    low_bit_linear_normed,
+    low_bit_linear_with_stats,
+    norm_columns,
+)
 from lowbit_kernels.modules.base import remembered
 from lowbit_kernels.modules.conv1d import QConv1d
 from lowbit_kernels.modules.linear import QLinear
@@ -30,15 +40,25 @@ class Int8Rows(NamedTuple):
     scale: Tensor | None
 
 
+class UnnormalizedRows(NamedTuple):
+    """[..., K], ``row_statistics`` of it [S, 2, M], and the LayerNorm that a matmul applies."""
+
+    x: Tensor
+    stats: Tensor
+    norm: nn.LayerNorm
+
+
 class Operand(NamedTuple):
     """The weight and bias of a matmul; ``static`` is the weight with its input's scale in its own.
 
     Attributes:
+        owner: the module that keeps what is computed of the weight.
         weight: [N, K].
         bias: [N] or None.
         static: [N, K], for int8 rows without a scale. None: the input's scale is not static.
     """
 
+    owner: nn.Module
     weight: QuantizedWeight
     bias: Tensor | None
     static: QuantizedWeight | None = None
@@ -48,6 +68,27 @@ class Operand(NamedTuple):
         """Whether the input may come from a norm as int8 rows."""
         spec = self.weight.spec
         return spec.inputs == "int8" and spec.input_scale != "utterance"
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether a LayerNorm around this matmul can be part of it; x has its dtype and rows."""
+        spec, few = self.weight.spec, x.is_cuda and x.shape[:-1].numel() <= csrc.MAX_ROWS
+        return (
+            spec.inputs is None
+            and spec.symmetric
+            and x.dtype in (torch.float16, torch.bfloat16)
+            # few rows have a kernel of their own, without norms
+            and not (few and csrc.is_available())
+            and not (spec.deterministic and not x.is_cuda)
+            # what is computed of a weight could not be kept
+            and not self.weight.qweight.is_inference()
+        )
+
+
+class Reader(NamedTuple):
+    """A norm, and the matmul that takes its result and nobody else does."""
+
+    norm: nn.LayerNorm
+    to: Operand
 
 
 def operand(layer: QLinear | QConv1d, factor: float = 1.0) -> Operand:
@@ -60,15 +101,15 @@ def operand(layer: QLinear | QConv1d, factor: float = 1.0) -> Operand:
     weight, bias = layer.quantized_weight(), layer._parameters["bias"]
     is_static = weight.input_scale is not None and weight.spec.inputs == "int8"
     if factor == 1 and not is_static:
-        return Operand(weight, bias)
+        return Operand(layer, weight, bias)
 
     def make() -> Operand:
         scaled = dataclasses.replace(weight, scale=weight.scale * factor)
         scaled_bias = None if bias is None else bias.detach() * factor
         if not is_static or weight.input_scale is None:
-            return Operand(scaled, scaled_bias)
+            return Operand(layer, scaled, scaled_bias)
         static = dataclasses.replace(scaled, scale=scaled.scale * weight.input_scale)
-        return Operand(scaled, scaled_bias, static)
+        return Operand(layer, scaled, scaled_bias, static)
 
     tensors = [t for t in (weight.scale, weight.input_scale, bias) if t is not None]
     return remembered(layer, "_operand", tensors, make)  # type: ignore[no-any-return]
@@ -128,11 +169,15 @@ def _join(layers: Sequence[QLinear]) -> Operand:
         for part, rows in zip(given, torch.split(bias, sizes), strict=True):
             if part is not None:
                 part.data = rows
-    return Operand(dataclasses.replace(first.quantized_weight(), **tensors), bias)
+    return Operand(first, dataclasses.replace(first.quantized_weight(), **tensors), bias)
 
 
-def normalize(x: Tensor, norm: nn.LayerNorm, to: Operand) -> Tensor | Int8Rows:
-    """A LayerNorm of x [..., K] for a linear layer."""
+def normalize(
+    x: Tensor, norm: nn.LayerNorm, to: Operand, stats: Tensor | None = None
+) -> Tensor | Int8Rows | UnnormalizedRows:
+    """A LayerNorm of x [..., K] for a linear layer, which applies it if there are statistics."""
+    if stats is not None:
+        return UnnormalizedRows(x, stats, norm)
     if not to.takes_int8:
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     static = to.weight.input_scale
@@ -163,7 +208,7 @@ def normalize_twice(
 
 
 def linear(
-    x: Tensor | Int8Rows,
+    x: Tensor | Int8Rows | UnnormalizedRows,
     to: Operand,
     dtype: torch.dtype,
     *,
@@ -172,6 +217,8 @@ def linear(
     out_scale: Tensor | None = None,
 ) -> Tensor:
     """A linear layer [..., N] of x [..., K]; of ``dtype``, or int8 by ``out_scale``."""
+    if isinstance(x, UnnormalizedRows):
+        return _linear_normed(x, to, epilogue, residual)
     if not isinstance(x, Int8Rows) and out_scale is None:
         return low_bit_linear(x, to.weight, to.bias, epilogue=epilogue, residual=residual)
     assert isinstance(x, Int8Rows), "a result is rounded where the input was"
@@ -183,14 +230,45 @@ def linear(
     )  # fmt: skip
 
 
-def feed_forward(
-    x: Tensor | Int8Rows, first: Operand, second: Operand, epilogue: str | None, residual: Tensor
+def _linear_normed(
+    rows: UnnormalizedRows, to: Operand, epilogue: str | None, residual: Tensor | None
 ) -> Tensor:
-    """Linear layer and activation, linear layer and residual, [..., K] each."""
-    dtype = residual.dtype
+    x, stats, norm = rows
+    weight, affine = to.weight, (norm.weight, norm.bias)
+    tensors = [t for t in (weight.qweight, weight.group_scale, *affine) if t is not None]
+    columns = remembered(to.owner, "_columns", tensors, partial(norm_columns, weight, *affine))
+    return low_bit_linear_normed(
+        x, stats, *affine, columns, weight, to.bias, eps=norm.eps, epilogue=epilogue,
+        residual=residual,
+    )  # fmt: skip
+
+
+def add_linear(
+    x: Tensor | Int8Rows, to: Operand, residual: Tensor, reader: Reader | None
+) -> tuple[Tensor, Tensor | None]:
+    """A linear layer of x [..., K] added to the residual [..., N].
+
+    And ``row_statistics`` of the sum, if its ``reader`` can take them in place of a norm's result.
+    """
+    if reader is None or isinstance(x, Int8Rows) or not to.folds(x):
+        return linear(x, to, residual.dtype, residual=residual), None
+    norm, after = reader
+    affine = norm.weight, norm.bias
+    fits = all(t is not None and t.dtype == x.dtype and not t.is_inference() for t in affine)
+    if not fits or not after.folds(x):
+        return linear(x, to, residual.dtype, residual=residual), None
+    return low_bit_linear_with_stats(x, to.weight, to.bias, residual=residual)
+
+
+def hidden(
+    x: Tensor | Int8Rows | UnnormalizedRows,
+    first: Operand,
+    second: Operand,
+    epilogue: str | None,
+    dtype: torch.dtype,
+) -> Tensor | Int8Rows:
+    """Of a feed-forward block: linear layer and activation of x [..., K], for the second layer."""
     if second.static is None or not isinstance(x, Int8Rows):
-        inner: Tensor | Int8Rows = linear(x, first, dtype, epilogue=epilogue)
-    else:
-        scale = second.weight.input_scale
-        inner = Int8Rows(linear(x, first, dtype, epilogue=epilogue, out_scale=scale), None)
-    return linear(inner, second, dtype, residual=residual)
+        return linear(x, first, dtype, epilogue=epilogue)
+    scale = second.weight.input_scale
+    return Int8Rows(linear(x, first, dtype, epilogue=epilogue, out_scale=scale), None)

@@ -6,13 +6,14 @@ Dimension key: B batch, T frames, C channels.
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.conv1d.depthwise_op import MAX_CHANNELS, depthwise_conv1d_norm
 from lowbit_kernels.conv1d.geometry import Padding
 from lowbit_kernels.formats import QuantSpec
 from lowbit_kernels.modules.base import remembered
-from lowbit_kernels.modules.blocks import Int8Rows, linear, normalize, operand
+from lowbit_kernels.modules.blocks import Int8Rows, UnnormalizedRows, linear, normalize, operand
 from lowbit_kernels.modules.conv1d import QConv1d, conv_options, is_depthwise, is_pointwise
 
 Folded = tuple[Tensor, Tensor | None]
@@ -96,8 +97,28 @@ def convolve(
         lengths: [B], the valid frames; the depthwise convolution sees zeros beyond.
         residual: [B, T, C], added last.
     """
-    first, second, dtype = operand(pointwise1), operand(pointwise2), x.dtype
-    rows = x if layer_norm is None else normalize(x, layer_norm, first)
+    rows = x if layer_norm is None else normalize(x, layer_norm, operand(pointwise1))
+    inner = convolve_rows(
+        rows, pointwise1, depthwise, norm, epilogue, pointwise2, dtype=x.dtype, padding=padding,
+        lengths=lengths,
+    )  # fmt: skip
+    return linear(inner, operand(pointwise2), x.dtype, residual=residual)
+
+
+def convolve_rows(
+    rows: Tensor | Int8Rows | UnnormalizedRows,
+    pointwise1: QConv1d,
+    depthwise: QConv1d,
+    norm: nn.Module,
+    epilogue: str | None,
+    pointwise2: QConv1d,
+    *,
+    dtype: torch.dtype,
+    padding: Padding,
+    lengths: Tensor | None = None,
+) -> Tensor | Int8Rows:
+    """``convolve`` up to what the second pointwise convolution takes; ``dtype`` is the layers'."""
+    first, second = operand(pointwise1), operand(pointwise2)
     x = linear(rows, first, dtype, epilogue="glu")
     scale, bias = _folded(depthwise, norm)
     affine = None
@@ -109,8 +130,7 @@ def convolve(
         epilogue=epilogue, lengths=lengths, int8_rows=second.takes_int8 and not is_static,
         out_scale=second.weight.input_scale if is_static else None,
     )  # fmt: skip
-    inner = Int8Rows(y, None if is_static else y_scale) if second.takes_int8 else y
-    return linear(inner, second, dtype, residual=residual)
+    return Int8Rows(y, None if is_static else y_scale) if second.takes_int8 else y
 
 
 class ConvolutionModule(nn.Module):

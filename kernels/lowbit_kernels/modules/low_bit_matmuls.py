@@ -93,6 +93,5 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tens
     Returns:
         [B, H, T, D], as ``flash_attention``.
     """
-    matmuls = module._modules.get(NAME)
-    out: Tensor = (flash_attention if matmuls is None else matmuls)(q, k, v, **options)
+    out: Tensor = module._modules.get(NAME, flash_attention)(q, k, v, **options)
     return out

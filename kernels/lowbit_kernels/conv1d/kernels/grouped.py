@@ -64,7 +64,7 @@ def _grouped_kernel(
         acc = tl.where(phase[:, None] < phases[None, :], acc, 0.0)
     bias = tl.load(bias_ptr + offs_n).to(tl.float32) if bias_ptr is not None else None
     write_tile(
-        acc, None, bias, None, None, None, None, None, y_ptr + tl.program_id(1) * N, None,
+        acc, None, bias, None, None, None, None, None, None, y_ptr + tl.program_id(1) * N, None,
         None, None, None, None,
         start_m, start_n, offs_n, index_n < N, M, N, N, 0,
         None, GROUPS, 0,

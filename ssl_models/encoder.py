@@ -1,0 +1,107 @@
+"""SpeechEncoder: waveforms to frames.
+
+Dimension key: B batch, S samples, T frames, C features.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_kernels.checks import check_lengths
+from ssl_models import fused as fused  # what quantize does to these layers registers itself
+from ssl_models.config import SpeechEncoderConfig
+from ssl_models.conformer import ConformerEncoder
+from ssl_models.front_end import ConvFrontEnd, FeatureProjection
+from ssl_models.presets import preset
+from ssl_models.squeezeformer import SqueezeformerEncoder
+from ssl_models.transformer import TransformerEncoder
+
+_ENCODERS = {
+    "transformer": TransformerEncoder,
+    "sparseformer": TransformerEncoder,
+    "conformer": ConformerEncoder,
+    "squeezeformer": SqueezeformerEncoder,
+}
+
+
+class SpeechEncoder(nn.Module):
+    """A convolutional front end and an encoder; ``lowbit_kernels.quantize`` and its kin serve it.
+
+    >>> encoder = SpeechEncoder.from_preset("squeezeformer-xs").eval()
+    >>> waveforms, lengths = torch.randn(2, 16000), torch.tensor([16000, 9000])
+    >>> with torch.inference_mode():
+    ...     frames, frame_lengths = encoder(waveforms, lengths)  # [2, 49, 144], [49, 27]
+
+    A padded utterance has the frames that it has alone, in training, too: statistics of norms run
+    over valid frames. No tensor grows with the square of the frames on a GPU.
+
+    Args:
+        config: dimensions.
+    """
+
+    def __init__(self, config: SpeechEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.feature_extractor = ConvFrontEnd(config)
+        self.feature_projection = FeatureProjection(config.conv_layers[-1][0], config)
+        self.encoder = _ENCODERS[config.kind](config)
+        self.apply(_initialize)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """An encoder with random weights and the dimensions of a preset, some of them changed.
+
+        Raises:
+            ValueError: for an unknown name, or as ``SpeechEncoderConfig``.
+        """
+        return cls(preset(name, **changes))
+
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode waveforms.
+
+        Args:
+            waveforms: [B, S], any finite numbers beyond the lengths.
+            lengths: [B] int32 or int64, the valid samples. None: all.
+
+        Returns:
+            [B, T, C], and the valid frames [B], or None. Frames beyond mean nothing.
+
+        Raises:
+            ValueError: on a wrong shape or dtype, or fewer samples than one frame takes.
+        """
+        if waveforms.dim() != 2 or not waveforms.is_floating_point():
+            raise ValueError(
+                "waveforms must be floating point [B, S], "
+                f"got {waveforms.dtype} {list(waveforms.shape)}"
+            )
+        if waveforms.shape[1] < self.min_samples:
+            raise ValueError(
+                f"waveforms must have at least {self.min_samples} samples, one frame, "
+                f"got {waveforms.shape[1]}"
+            )
+        check_lengths(lengths, waveforms)
+        x, frame_lengths = self.feature_extractor(waveforms, lengths)
+        frames: Tensor = self.encoder(self.feature_projection(x), frame_lengths)
+        return frames, frame_lengths
+
+    @property
+    def min_samples(self) -> int:
+        """What one frame sees."""
+        samples = 1
+        for _, kernel, stride in reversed(self.config.conv_layers):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+
+@torch.no_grad()
+def _initialize(module: nn.Module) -> None:
+    """As wav2vec 2.0: linear layers normal with deviation 0.02, convolutions as He et al."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv1d) and not nn.utils.parametrize.is_parametrized(module):
+        nn.init.kaiming_normal_(module.weight)
