@@ -31,7 +31,8 @@ class SpeechEncoderConfig:
     Attributes:
         kind: ``"transformer"``, ``"conformer"``, ``"squeezeformer"`` or ``"sparseformer"``, a
             Transformer whose attention is local.
-        front_end: ``"wav2vec2"`` or ``"sew"``, the convolutions over the waveform.
+        front_end: ``"wav2vec2"`` or ``"sew"``, the convolutions over the waveform, or ``"fbank"``,
+            log mel energies.
         conv_norm: ``"group"``, a GroupNorm after the first convolution, or ``"layer"``, a
             LayerNorm after each.
         conv_bias: whether these convolutions have one.
@@ -88,7 +89,7 @@ class SpeechEncoderConfig:
 
     def __post_init__(self) -> None:
         _check_one_of(self, "kind", KINDS)
-        _check_one_of(self, "front_end", tuple(FRONT_ENDS))
+        _check_one_of(self, "front_end", (*FRONT_ENDS, "fbank"))
         _check_one_of(self, "conv_norm", CONV_NORMS)
         _check_one_of(self, "activation", ACTIVATIONS)
         _check_one_of(self, "window", WINDOWS)
@@ -120,6 +121,7 @@ class SpeechEncoderConfig:
         if all(value is None for value in given.values()):
             return
         for name, value in given.items():
+            _check(self, name, self.front_end != "fbank", "None with front_end 'fbank'")
             are_counts = isinstance(value, list | tuple) and all(map(_is_count, value))
             _check(self, name, are_counts, "ints >= 1, like the rest of conv_*")
             # JSON has lists
@@ -141,7 +143,9 @@ class SpeechEncoderConfig:
 
     @property
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
-        """Channels, kernel size and stride of each convolution of the front end."""
+        """Channels, kernel size and stride of each convolution of the front end, if it has some."""
+        if self.front_end == "fbank":
+            return ()
         if self.conv_dims is None or self.conv_kernels is None or self.conv_strides is None:
             return tuple(zip(*FRONT_ENDS[self.front_end], strict=True))  # type: ignore[arg-type]
         return tuple(zip(self.conv_dims, self.conv_kernels, self.conv_strides, strict=True))

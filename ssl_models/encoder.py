@@ -12,6 +12,7 @@ from lowbit_kernels.checks import check_lengths
 from ssl_models import fused as fused  # what quantize does to these layers registers itself
 from ssl_models.config import SpeechEncoderConfig
 from ssl_models.conformer import ConformerEncoder
+from ssl_models.fbank import FbankFrontEnd
 from ssl_models.front_end import ConvFrontEnd, FeatureProjection
 from ssl_models.presets import preset
 from ssl_models.squeezeformer import SqueezeformerEncoder
@@ -26,7 +27,7 @@ _ENCODERS = {
 
 
 class SpeechEncoder(nn.Module):
-    """A convolutional front end and an encoder; ``lowbit_kernels.quantize`` and its kin serve it.
+    """A front end and an encoder; ``lowbit_kernels.quantize`` and its kin serve it.
 
     >>> encoder = SpeechEncoder.from_preset("squeezeformer-xs").eval()
     >>> waveforms, lengths = torch.randn(2, 16000), torch.tensor([16000, 9000])
@@ -43,8 +44,9 @@ class SpeechEncoder(nn.Module):
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.feature_extractor = ConvFrontEnd(config)
-        self.feature_projection = FeatureProjection(config.conv_layers[-1][0], config)
+        front_end = FbankFrontEnd() if config.front_end == "fbank" else ConvFrontEnd(config)
+        self.feature_extractor = front_end
+        self.feature_projection = FeatureProjection(front_end.channels, config)
         self.encoder = _ENCODERS[config.kind](config)
         self.apply(_initialize)
 
@@ -77,23 +79,15 @@ class SpeechEncoder(nn.Module):
                 "waveforms must be floating point [B, S], "
                 f"got {waveforms.dtype} {list(waveforms.shape)}"
             )
-        if waveforms.shape[1] < self.min_samples:
+        if waveforms.shape[1] < self.feature_extractor.min_samples:
             raise ValueError(
-                f"waveforms must have at least {self.min_samples} samples, one frame, "
+                f"waveforms must have at least {self.feature_extractor.min_samples} samples, one frame, "
                 f"got {waveforms.shape[1]}"
             )
         check_lengths(lengths, waveforms)
         x, frame_lengths = self.feature_extractor(waveforms, lengths)
         frames: Tensor = self.encoder(self.feature_projection(x), frame_lengths)
         return frames, frame_lengths
-
-    @property
-    def min_samples(self) -> int:
-        """What one frame sees."""
-        samples = 1
-        for _, kernel, stride in reversed(self.config.conv_layers):
-            samples = (samples - 1) * stride + kernel
-        return samples
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class ConvFrontEnd(nn.Module):
             norm = config.conv_norm if config.conv_norm == "layer" or not layers else None
             layers.append(ConvLayer((channels, dim, kernel, stride), config.conv_bias, norm))
             channels = dim
-        self.conv_layers = nn.ModuleList(layers)
+        self.channels, self.conv_layers = channels, nn.ModuleList(layers)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Waveforms [B, S] and valid samples [B] to features [B, T, C] and valid frames [B]."""
@@ -87,6 +87,15 @@ class ConvFrontEnd(nn.Module):
         for layer in self.conv_layers:
             lengths = None if lengths is None else _frames(lengths, layer)
         return lengths
+
+    @property
+    def min_samples(self) -> int:
+        """What one frame sees."""
+        samples = 1
+        for layer in self.conv_layers[::-1]:
+            conv: Any = layer.conv
+            samples = (samples - 1) * conv.stride[0] + conv.kernel_size[0]
+        return samples
 
     def find_layout(self) -> None:
         """Look whether one call serves the layers as they are now."""

@@ -61,6 +61,10 @@ def test_a_config_is_frozen_and_hashable() -> None:
             {"conv_dims": [8, 8], "conv_kernels": [2], "conv_strides": [1]},
             "conv_dims, conv_kernels, conv_strides must match, got .*'conv_dims': 2",
         ),
+        (
+            {"front_end": "fbank", "conv_dims": [8], "conv_kernels": [4], "conv_strides": [2]},
+            "conv_dims must be None with front_end 'fbank', got",
+        ),
         ({"reduce_layer": 2}, "reduce_layer must be None but for a squeezeformer, got 2"),
         (
             {"kind": "squeezeformer", "recover_layer": 2},

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from transformers import (
     Wav2Vec2ConformerConfig,
     Wav2Vec2ConformerModel,
     Wav2Vec2Model,
+    audio_utils,
 )
 
 from lowbit_kernels import QuantConfig, quantize
 from lowbit_kernels.testing import assert_as_accurate
 from ssl_models.config import SpeechEncoderConfig
 from ssl_models.encoder import SpeechEncoder
+from ssl_models.fbank import log_mel_energies
 from ssl_models.huggingface import from_hf
 from ssl_models.squeezeformer import TimeRecovery, TimeReduction
 from ssl_models.transformer import SelfAttention
@@ -44,6 +47,39 @@ def theirs(kind: str, norm: str) -> Any:
             hidden_act="silu" if kind == "conformer" else "gelu", **options,
         )
     ).eval()  # fmt: skip
+
+
+def test_mel_energies_are_kaldis() -> None:
+    waveform = torch.randn(2, 4321).double() * 0.1
+    filters = audio_utils.mel_filter_bank(
+        257, 80, 20, 8000, 16000, mel_scale="kaldi", triangularize_in_mel_space=True
+    )
+    window = audio_utils.window_function(400, "povey", periodic=False)
+    wanted = [
+        audio_utils.spectrogram(
+            row.numpy() * 2**15, window, 400, 160, 512, center=False, preemphasis=0.97,
+            mel_filters=filters, log_mel="log", mel_floor=torch.finfo(torch.float32).eps,
+            remove_dc_offset=True, dtype="float64",
+        ).T
+        for row in waveform
+    ]  # fmt: skip
+    high = torch.tensor(numpy.stack(wanted))
+    low = high.float()
+    assert_as_accurate(log_mel_energies(waveform).float(), low, high)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_mel_frames_of_a_padded_utterance_are_its_own(dtype: torch.dtype) -> None:
+    conv = dict.fromkeys(("conv_dims", "conv_kernels", "conv_strides"))
+    encoder, batch = build("squeezeformer", front_end="fbank", **conv).to(dtype), inputs()
+    batch["waveforms"] = (0.1 * batch["waveforms"]).to(dtype)
+    frames, lengths = encoder(**batch)
+    # 7 windows and 3
+    assert frames.shape == (2, 3, 32)
+    assert lengths.tolist() == [3, 1]
+    for i, row in enumerate(encode(encoder, batch)):
+        single = alone(encoder, batch, i)
+        assert_as_accurate(row, single, single.double())
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
@@ -126,25 +162,29 @@ def test_a_padded_utterance_equals_a_single_one(kind: str, norm: str, device: to
         assert_as_accurate(row, alone(encoder, batch, i), alone(wide, precise, i))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_does_not_see_what_is_in_the_padding(kind: str) -> None:
-    rows, statistics = [], []
-    for value in (0.0, -50.0):
-        encoder, batch = build(kind).train(), inputs()
-        batch["waveforms"][1, LENGTHS[1] :] = value
-        frames, lengths = encoder(**batch)
-        valid = frames[1, : lengths[1]]
-        valid.square().sum().backward()
-        rows.append([valid.detach(), *(p.grad for p in encoder.parameters())])
-        statistics.append([b.clone() for b in encoder.buffers()])
-    for a, b in zip(*rows, strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(*statistics, strict=True):
-        assert torch.equal(a, b)
-
-
 # a constant for all keys, or before a norm over frames, changes nothing
 NO_GRADIENT = ("k_proj.bias", "linear_k.bias", "conv_module.depthwise_conv.bias")
+
+
+def train(kind: str, value: float, extra: int, dtype: torch.dtype) -> list[Tensor]:
+    """Valid frames, gradients and running statistics of one step; what and how much padding."""
+    encoder, batch = build(kind).train().to(dtype), inputs()
+    batch["waveforms"][1, LENGTHS[1] :] = value
+    waveforms = nn.functional.pad(batch["waveforms"].to(dtype), (0, extra), value=value)
+    frames, lengths = encoder(waveforms, batch["lengths"])
+    rows = [row[:length] for row, length in zip(frames, lengths.tolist(), strict=True)]
+    torch.cat(rows).square().mean().backward()
+    grads = [p.grad for n, p in encoder.named_parameters() if not n.endswith(NO_GRADIENT)]
+    statistics = [m.running_var for m in encoder.modules() if isinstance(m, nn.BatchNorm1d)]
+    groups = [group for group in (rows, grads, statistics) if group]
+    return [torch.cat([t.detach().flatten() for t in group]) for group in groups]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_does_not_see_padding(kind: str) -> None:
+    low, high = (train(kind, 0.0, 0, dtype) for dtype in (torch.float32, torch.float64))
+    for found, a, b in zip(train(kind, -50.0, 700, torch.float32), low, high, strict=True):
+        assert_as_accurate(found, a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,7 +268,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 def test_the_smallest_batches_are_served() -> None:
     encoder = build("squeezeformer")
-    assert encoder.min_samples == 45
+    assert encoder.feature_extractor.min_samples == 45
     frames, lengths = encoder(torch.randn(1, 45))
     assert frames.shape == (1, 1, 32)
     assert lengths is None

@@ -263,8 +263,14 @@ def test_int8_front_ends_are_quantized_around_silence(norm: str) -> None:
     # the fused call, and the layers one by one
     found = encode(encoder, inputs())
     encoder.feature_extractor._layout = None
-    batch = inputs()
+    batch, seen = inputs(), []
+    hook = second.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     rows = encode(encoder, batch), exact(encoder, batch)
+    hook.remove()
+    # the first convolution makes 154 frames of the shorter utterance
+    wanted = second.input_offset[:, None].expand(-1, seen[0].shape[2] - 154)
+    assert torch.equal(seen[0][1, :, 154:], wanted)
+    assert not torch.equal(seen[0][1, :, 153], second.input_offset)
     for fused, row, high in zip(found, *rows, strict=True):
         assert_as_accurate(fused, row, high)
     for i, length in enumerate(batch["lengths"].tolist()):

@@ -2,7 +2,8 @@
 
 A layer stays an instance of its class, with its parameters where they are, and computes what it did
 wherever it cannot be fused: in training or with gradients, under autocast or ``torch.compile``,
-with hooks or adapters inside, or with another ``attn_implementation`` than ``"lowbit"``.
+with hooks or adapters inside, or with another ``attn_implementation`` than ``"lowbit"`` and
+``"lowbit_int8"``.
 
 Dimension key: B batch, T frames, C features, H heads, D head dimension.
 """
@@ -15,9 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowbit_kernels.attention import Position, attend_int8, flash_attention
+from lowbit_kernels.attention import (
+    Position,
+    attend_int8,
+    flash_attention,
+    int8_scores_attention,
+)
 from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.integrations.activations import epilogue_of
+from lowbit_kernels.integrations.chosen_attention import INT8_NAME, chosen
 from lowbit_kernels.integrations.class_swap import Swapped
 from lowbit_kernels.modules import QLinear
 from lowbit_kernels.modules.blocks import (
@@ -118,8 +125,7 @@ class FusedLayer(Swapped):
         return True
 
     def _uses_our_attention(self, attention: Any) -> bool:
-        config = getattr(attention, "config", None)
-        return getattr(config, "_attn_implementation", None) == "lowbit"
+        return chosen(attention) is not None
 
     def _lengths(self, mask: Tensor | None, **_: Any) -> Tensor | None:
         """Valid frames [B]."""
@@ -162,6 +168,9 @@ class FusedLayer(Swapped):
         heads = linear(rows, qkv, dtype)
         q, k, v = heads.view(*heads.shape[:2], 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
         to = operand(attention.output)
+        if chosen(attention.module) == INT8_NAME:
+            out = int8_scores_attention(q, k, v, lengths=lengths, position=position)
+            return out.transpose(1, 2).flatten(2)
         if to.static is None:
             out = flash_attention(q, k, v, lengths=lengths, position=position)
         else:
