@@ -79,10 +79,10 @@ class SpeechEncoder(nn.Module):
                 "waveforms must be floating point [B, S], "
                 f"got {waveforms.dtype} {list(waveforms.shape)}"
             )
-        if waveforms.shape[1] < self.feature_extractor.min_samples:
+        least = self.feature_extractor.min_samples
+        if waveforms.shape[1] < least:
             raise ValueError(
-                f"waveforms must have at least {self.feature_extractor.min_samples} samples, one frame, "
-                f"got {waveforms.shape[1]}"
+                f"waveforms must have at least {least} samples, one frame, got {waveforms.shape[1]}"
             )
         check_lengths(lengths, waveforms)
         x, frame_lengths = self.feature_extractor(waveforms, lengths)

@@ -29,7 +29,7 @@ class FbankFrontEnd(nn.Module):
         """Waveforms [B, S] in [-1, 1] and valid samples [B] to [B, T, 2 M] and valid frames [B]."""
         mel = log_mel_energies(waveform)
         T = mel.shape[1] // STACKED
-        frames = mel[:, : T * STACKED].unflatten(1, (T, STACKED)).flatten(2)
+        frames = mel[:, : T * STACKED].reshape(mel.shape[0], T, self.channels)
         return frames.to(waveform.dtype), self.frames(lengths)
 
     def frames(self, lengths: Tensor | None) -> Tensor | None:
@@ -42,7 +42,7 @@ class FbankFrontEnd(nn.Module):
 
 def log_mel_energies(waveform: Tensor) -> Tensor:
     """Log energies [B, windows, M] of waveforms [B, S], those of Kaldi's fbank without dither."""
-    x = waveform.to(torch.promote_types(waveform.dtype, torch.float32))
+    x: Tensor = waveform.to(torch.promote_types(waveform.dtype, torch.float32))
     # of 16-bit integers, as in Kaldi: the floor of the logarithm depends on it
     x = x.unfold(1, WINDOW, HOP) * 2.0**15
     x = x - x.mean(-1, keepdim=True)
@@ -50,7 +50,7 @@ def log_mel_energies(waveform: Tensor) -> Tensor:
     x = torch.cat((first, x[..., 1:] - PREEMPHASIS * x[..., :-1]), -1)
     window = torch.hann_window(WINDOW, periodic=False, dtype=x.dtype, device=x.device) ** 0.85
     power = torch.fft.rfft(x * window, FFT).abs().square()
-    energies = power @ mel_filters(x.dtype, x.device)
+    energies: Tensor = power @ mel_filters(x.dtype, x.device)
     return energies.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
