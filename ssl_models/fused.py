@@ -111,10 +111,11 @@ class FusedSslConformerLayer(_WithLengths, FusedConformerLayer, _WithoutMask):  
 
 
 class FusedSqueezeformerLayer(_WithLengths, FusedConformerLayer, _WithoutMask):  # type: ignore[misc]
-    """Four matmuls and attention, norm; two matmuls, norm; three ops, norm; two matmuls, norm: 14.
+    """Attention, feed-forward, convolution module, feed-forward, with a norm behind each.
 
-    With int8 inputs of one scale a token 17. The learned scales are in the weights, see
-    ``fold_scales``; each norm also makes the int8 rows of the next block.
+    Three launches, two, three, two and the norms: 14, with int8 inputs of one scale a token 17. The
+    learned scales are in the weights, see ``fold_scales``; each norm also makes the int8 rows of
+    the next block.
     """
 
     def _parts(self) -> Parts:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ssl_models.config import SpeechEncoderConfig
 
+# as trained on Libri-Light
 _LARGE: dict[str, Any] = {
     "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "feed_forward_size": 4096,
     "norm_first": True, "conv_norm": "layer", "conv_bias": True,
@@ -58,6 +59,7 @@ PRESETS: dict[str, SpeechEncoderConfig] = {
     "hubert-large": SpeechEncoderConfig(**_LARGE),
     # HuBERT with SEW's front end, the float model of arXiv 2301.00652
     "hubert-base-fast": SpeechEncoderConfig(front_end="sew"),
+    "wav2vec2-conformer-base": SpeechEncoderConfig(kind="conformer", activation="silu"),
     "wav2vec2-conformer-large": SpeechEncoderConfig(
         **{**_LARGE, "norm_first": False}, kind="conformer", activation="silu"
     ),

@@ -193,17 +193,22 @@ def steps(x: Tensor, longest: int | None = None) -> tuple[int, ...]:
 @cache
 def tile(
     kernel: Kernel, head_dim: int, dtype: torch.dtype, kind: str | None, has_dropout: bool,
-    device: torch.device, is_packed: bool, min_block_d: int = 0, **others: Any,
+    device: torch.device, is_packed: bool | None, min_block_d: int = 0, **others: Any,
 ) -> tuple[TileConfig, Constants]:  # fmt: skip
-    """The tile of a problem, see ``default_config``, and the constants of its kernel."""
+    """The tile of a problem, see ``default_config``, and the constants of its kernel.
+
+    ``is_packed`` is None for a kernel that does not know packed utterances.
+    """
     config = default_config(kernel, head_dim, dtype, kind, has_dropout, shared_bytes(device))
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     values: dict[str, Any] = {"BLOCK": config.block_n} if kernel == "offsets" else blocks
     values |= {
-        "KIND": kind, "IS_PACKED": is_packed, "D": head_dim,
+        "KIND": kind, "D": head_dim,
         "BLOCK_D": max(min_block_d, config.block_d), "INPUT_PRECISION": input_precision(dtype),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
+    if is_packed is not None:
+        values["IS_PACKED"] = is_packed
     return config, Constants(values | others)
 
 

@@ -9,6 +9,8 @@ Dimension key: B batch, H heads, T frames, D head dimension.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from lowbit_kernels.attention.scores_kernel import (
     store_frames,
 )
 from lowbit_kernels.cpu import empty_heads
+from lowbit_kernels.matmul.launch import Constants, Launcher
 from lowbit_kernels.matmul.quantize_kernel import round_to_int8
 
 _MIN_SCALE, MEAN_FRAMES = tl.constexpr(MIN_SCALE), tl.constexpr(NUM_MEAN_FRAMES)
@@ -71,6 +74,18 @@ def _quantize_heads_kernel(
     _round_block(own, k_out_ptr + offset, scales_ptr, offs_t, stride_ot, T, D, BLOCK_D)
 
 
+_launch = Launcher(_quantize_heads_kernel)
+
+
+@cache
+def _constants(head_dim: int) -> Constants:
+    block_d = triton.next_power_of_2(head_dim)
+    return Constants({
+        "D": head_dim, "BLOCK_D": block_d, "BLOCK": BLOCK_FRAMES,
+        "num_warps": max(4, block_d // 16),
+    })  # fmt: skip
+
+
 def quantize_heads_triton(
     q: Tensor, k: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,10 +95,9 @@ def quantize_heads_triton(
     blocks = triton.cdiv(T, BLOCK_FRAMES)
     scales = torch.empty(B, H, 2, blocks, device=q.device, dtype=torch.float32)
     q, k = rows(q), rows(k)
-    block_d = triton.next_power_of_2(D)
-    _quantize_heads_kernel[(blocks * B * H,)](
+    args = (
         q, k, lengths, q_out, k_out, scales,
         H, T, *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3],
-        D=D, BLOCK_D=block_d, BLOCK=BLOCK_FRAMES, num_warps=max(4, block_d // 16),
     )  # fmt: skip
+    _launch((blocks * B * H,), args, _constants(D))
     return q_out, k_out, scales

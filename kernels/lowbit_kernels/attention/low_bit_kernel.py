@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_kernels.attention.backward_kernel import Gradients, flash_attention_backward_triton
-from lowbit_kernels.attention.config import default_config, input_precision, shared_bytes
 from lowbit_kernels.attention.forward_kernel import rows as padded
-from lowbit_kernels.attention.forward_kernel import scheme_arguments
+from lowbit_kernels.attention.forward_kernel import scheme_arguments, tile
 from lowbit_kernels.attention.low_bit_reference import gradient_factor
 from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.attention.scores_kernel import (
@@ -41,6 +40,7 @@ from lowbit_kernels.attention.scores_kernel import (
     visible_range,
 )
 from lowbit_kernels.cpu import empty_heads
+from lowbit_kernels.matmul.launch import Launcher
 
 
 @triton.jit
@@ -219,6 +219,10 @@ def _low_bit_attention_delta_kernel(
     tl.store(dstep_ptr + row + offs_m, dstep, mask=offs_m < T)
 
 
+_launch = Launcher(_low_bit_attention_fwd_kernel)
+_launch_delta = Launcher(_low_bit_attention_delta_kernel)
+
+
 def low_bit_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scheme: Scheme | None,
     seed: Tensor | None, window: int | None, scale: float, dropout_p: float, step: Tensor,
@@ -235,18 +239,18 @@ def low_bit_attention_triton(
     lse = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    q, k, v = padded(q), padded(k), padded(v)
+    heads = padded(q), padded(k), padded(v)
     kind = None if scheme is None else scheme.kind
-    config = default_config("forward", D, q.dtype, kind, seed is not None, shared_bytes(q.device))
+    config, constants = tile(
+        "forward", D, q.dtype, kind, seed is not None, q.device, None, HIGH=high
+    )
     tensors, largest, strides = scheme_arguments(scheme, q)
-    _low_bit_attention_fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-        q, k, v, lengths, *tensors, seed, step, out, lse,
+    args = (
+        *heads, lengths, *tensors, seed, step, out, lse,
         H, T, None if window is None else min(window, T), scale, dropout_p, largest,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *out.stride()[:3],
-        KIND=kind, D=D, HIGH=high, BLOCK_D=config.block_d, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, INPUT_PRECISION=input_precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        *(stride for x in heads for stride in x.stride()[:3]), *strides, *out.stride()[:3],
     )  # fmt: skip
+    _launch((triton.cdiv(T, config.block_m) * B * H,), args, constants)
     return out, lse
 
 
@@ -266,20 +270,17 @@ def low_bit_attention_backward_triton(
     parts = torch.empty_like(delta)
     if q.numel() > 0:
         heads = padded(q), padded(k), padded(v)
-        padded_grad = padded(grad_out)
-        config = default_config(
-            "low_bit_delta", D, q.dtype, kind, seed is not None, shared_bytes(q.device)
+        grad = padded(grad_out)
+        config, constants = tile(
+            "low_bit_delta", D, q.dtype, kind, seed is not None, q.device, None, HIGH=high
         )
         tensors, largest, strides = scheme_arguments(scheme, q)
-        _low_bit_attention_delta_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-            *heads, lengths, *tensors, seed, step, padded_grad, lse, delta, parts,
+        args = (
+            *heads, lengths, *tensors, seed, step, grad, lse, delta, parts,
             H, T, None if window is None else min(window, T), scale, dropout_p, largest,
-            *(stride for x in heads for stride in x.stride()[:3]), *strides,
-            *padded_grad.stride()[:3],
-            KIND=kind, D=D, HIGH=high, BLOCK_D=config.block_d, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, INPUT_PRECISION=input_precision(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            *(stride for x in heads for stride in x.stride()[:3]), *strides, *grad.stride()[:3],
         )  # fmt: skip
+        _launch_delta((triton.cdiv(T, config.block_m) * B * H,), args, constants)
     gradients = flash_attention_backward_triton(
         grad_out, q, k, v, None, lse, lengths, scheme, seed, window, scale, dropout_p, needs_table,
         (step, high, delta),
