@@ -8,8 +8,8 @@ import torch
 from bench.static.compile import AotCase
 from bench.static.gpus import GPUS
 from lowbit_kernels.attention.config import (
-    MAX_CLIPPED_HEAD_DIM,
     MAX_FP32_HEAD_DIM,
+    clips_offsets,
     default_config,
     input_precision,
 )
@@ -299,7 +299,7 @@ CASES = [
         scores_case(target, "forward", *problem, everything=False, inference=True, clipped=True)
         for target in GPUS
         for problem in INFERENCE
-        if problem[2] == "relative" and problem[1] <= MAX_CLIPPED_HEAD_DIM
+        if problem[2] == "relative" and clips_offsets(problem[1], DTYPES[problem[0]])
     ),
     *(
         scores_case(target, kernel, *problem, everything=False, has_window=True)

@@ -50,7 +50,7 @@ _RELATIVE_LARGE = {
     "forward": {64: (64, 4, 2), 128: (64, 4, 1), 256: (32, 4, 1)},
     "backward_dq": {64: (64, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
     "backward_dkdv": {64: (64, 4, 2), 128: (32, 8, 2), 256: (16, 4, 1)},
-    "offsets": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
+    "offsets": {64: (64, 8, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
 }
 _RELATIVE_SMALL = {
     "forward": {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)},
@@ -75,7 +75,7 @@ _RELATIVE_SMALLEST_FP32 = {
 }
 # operands of fp32 come through registers, which the gradients of larger heads overflow
 MAX_FP32_HEAD_DIM = 64
-# likewise the forward's, where places in a table of offsets are clipped in its tiles
+# of 16 bits likewise the forward's, where places in a table of offsets are clipped in its tiles
 MAX_CLIPPED_HEAD_DIM = 128
 # AMD's 64 KB and 64-lane warps: the backward spills with the tiles above
 SMALLEST_SHARED_BYTES = 80 * 1024
@@ -127,6 +127,11 @@ def default_config(
         table = _LARGE
     block_m, block_n, num_warps, num_stages = table[kernel][max(64, block_d)]
     return TileConfig(block_m, block_n, block_d, num_warps, num_stages)
+
+
+def clips_offsets(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the forward takes a table of clipped offsets as it is, without one of all offsets."""
+    return head_dim <= (MAX_FP32_HEAD_DIM if dtype == torch.float32 else MAX_CLIPPED_HEAD_DIM)
 
 
 def _relative_tiles(

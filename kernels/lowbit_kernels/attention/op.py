@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention.checks import check_heads, check_options, check_position
-from lowbit_kernels.attention.config import MAX_CLIPPED_HEAD_DIM, MAX_FP32_HEAD_DIM
+from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM, clips_offsets
 from lowbit_kernels.attention.dispatch import backend_of, flash_attn_backend, needs_gradient
 from lowbit_kernels.attention.packed_cpu import (
     attend_packed,
@@ -374,7 +374,7 @@ def attend(
         raise ValueError("out_scale: an int8 result has no gradient, which an input needs here")
     if backend.name == "flash_attn" and out_scale is None:
         return flash_attn_backend(q, k, v, window, scale, dropout_p)
-    compact = not trains and q.shape[-1] <= MAX_CLIPPED_HEAD_DIM
+    compact = not trains and clips_offsets(q.shape[-1], q.dtype)
     scheme = resolve(q, position, reach, compact=compact)
     if trains and scheme is not None:
         q, scheme = scheme.with_rows(q)
