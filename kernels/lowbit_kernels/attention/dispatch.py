@@ -1,7 +1,8 @@
 """Which backend serves an attention call and why, and the call of the optional one.
 
 PyTorch's scaled_dot_product_attention is none of them on a GPU: it serves nothing that the kernels
-here do not, with a position's bias materialized at worst.
+here do not, with a position's bias materialized at worst, and an utterance alone would get other
+bits from it than in a padded batch, which it serves with a mask [B, T, T] only.
 
 Dimension key: B batch, H heads, T frames, D head dimension.
 """

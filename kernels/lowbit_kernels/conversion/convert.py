@@ -51,10 +51,10 @@ def quantize(
             matrix products of layers left in float (on a CPU, a head's for an utterance of fewer
             than 8 frames), activation functions on a CPU if they are not fused into a layer. Of a
             linear layer with ``input_scale="utterance"`` padding is part of the utterance.
-        fuse: let the encoder layers of transformers' wav2vec2 family and of Whisper run in a
-            handful of ops in inference: one matmul for queries, keys and values, norms that make
-            the next layer's int8 rows or, in 16 bits, are part of the matmuls around them,
-            residuals and activations in the matmuls' epilogues. Sets
+        fuse: let the encoder layers of transformers' wav2vec2 family, of Whisper and of
+            ``ssl_models`` run in a handful of ops in inference: one matmul for queries, keys and
+            values, norms that make the next layer's int8 rows or, in 16 bits, are part of the
+            matmuls around them, residuals and activations in the matmuls' epilogues. Sets
             ``attn_implementation="lowbit"``; with another one, with gradients, under autocast or
             ``torch.compile``, or with hooks or adapters inside, a layer runs as without ``fuse``.
         dry_run: only report.
