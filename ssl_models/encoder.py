@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_kernels.checks import check_lengths
+from lowbit_kernels.integrations import rebuild
 from ssl_models import fused as fused  # what quantize does to these layers registers itself
 from ssl_models.config import SpeechEncoderConfig
 from ssl_models.conformer import ConformerEncoder
@@ -88,6 +89,14 @@ class SpeechEncoder(nn.Module):
         x, frame_lengths = self.feature_extractor(waveforms, lengths)
         frames: Tensor = self.encoder(self.feature_projection(x), frame_lengths)
         return frames, frame_lengths
+
+
+rebuild.register(
+    "ssl_models",
+    SpeechEncoder,
+    lambda encoder: encoder.config.to_json(),
+    lambda config: SpeechEncoder(SpeechEncoderConfig.from_json(config)),
+)
 
 
 @torch.no_grad()

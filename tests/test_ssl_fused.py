@@ -176,7 +176,13 @@ def test_checkpoints_and_copies_compute_the_same(kind: str, tmp_path: Any) -> No
     save_quantized(encoder, tmp_path)
     again = load_quantized(tmp_path, build(kind))
     torch.save(encoder, tmp_path / "encoder.pt")
-    others = again, copy.deepcopy(encoder), torch.load(tmp_path / "encoder.pt", weights_only=False)
+    rebuilt = load_quantized(tmp_path)  # from what the checkpoint says of its configuration
+    others = (
+        again,
+        rebuilt,
+        copy.deepcopy(encoder),
+        torch.load(tmp_path / "encoder.pt", weights_only=False),
+    )
     del encoder
     gc.collect()
     for other in others:

@@ -135,7 +135,7 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
     Args:
         path: the directory.
         model: a float model of the same architecture, changed in place; needed unless the model is
-            one of transformers'.
+            one of transformers' or a ``SpeechEncoder`` of ``ssl_models``.
 
     Returns:
         The quantized model: ``model``, or one rebuilt on the CPU in eval mode.

@@ -1,8 +1,10 @@
 """Building a model's skeleton from JSON: what a checkpoint needs to load without ``model=``."""
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,11 +14,42 @@ from lowbit_kernels.integrations.skeletons import check_layers, check_version
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# libraries that stand above this package, and what of them is imported to register a model
+_ABOVE = {"ssl_models": "ssl_models.encoder"}
+
+
+class _Registered(NamedTuple):
+    kind: type[nn.Module]
+    describe: Callable[[Any], Any]
+    build: Callable[[Any], nn.Module]
+
+
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register(
+    library: str,
+    kind: type[nn.Module],
+    describe: Callable[[Any], Any],
+    build: Callable[[Any], nn.Module],
+) -> None:
+    """Let models of a library be rebuilt.
+
+    Args:
+        library: its import name.
+        kind: the class of the models.
+        describe: what ``build`` needs of a model, JSON-able.
+        build: makes a float model with arbitrary weights of that.
+    """
+    _REGISTERED[library] = _Registered(kind, describe, build)
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """How to rebuild a model, JSON-able; ``None`` if only its own code can."""
     kind = type(model)
+    for library, known in _REGISTERED.items():
+        if kind is known.kind:
+            return {"library": library, "config": known.describe(model)}
     if not kind.__module__.startswith("transformers.models."):
         return None
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
@@ -30,8 +63,12 @@ def build(description: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: for an unknown library or class.
     """
-    if description["library"] != "transformers":
-        raise ValueError(f"library must be 'transformers', got {description['library']!r}")
+    library = description["library"]
+    if library in _ABOVE:
+        importlib.import_module(_ABOVE[library])
+        return _REGISTERED[library].build(description["config"])
+    if library != "transformers":
+        raise ValueError(f"library must be 'transformers' or 'ssl_models', got {library!r}")
     kind = _model_class("class", description["class"])
     return kind(kind.config_class.from_dict(description["config"]))  # type: ignore[no-any-return]
 
