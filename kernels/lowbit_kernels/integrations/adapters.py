@@ -74,13 +74,19 @@ def _tell_transformers(model: nn.Module, config: QuantConfig | None) -> str | No
 
 # whose forwards end in this library's attention: by the model's choice of it, or once swapped
 _ATTENTION = (
-    *(f"{family}Attention" for family in FAMILIES), "WavLMAttention", "ParakeetEncoderAttention",
+    *(f"{family}Attention" for family in FAMILIES), "ParakeetEncoderAttention",
     "Wav2Vec2ConformerSelfAttention", "Wav2Vec2BertSelfAttention",
 )  # fmt: skip
 
 
 def _find_attention(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if is_one_of(module, *_ATTENTION)]
+    # without a config, as a conformer's in older versions, it cannot ask for ours; WavLM's need not
+    return [
+        module
+        for module in model.modules()
+        if is_one_of(module, "WavLMAttention")
+        or (is_one_of(module, *_ATTENTION) and hasattr(module, "config"))
+    ]
 
 
 def _use_attention(model: Any) -> None:
