@@ -77,10 +77,11 @@ _RELATIVE_SMALLEST_FP32 = {
 MAX_FP32_HEAD_DIM = 64
 # of 16 bits likewise the forward's, where places in a table of offsets are clipped in its tiles
 MAX_CLIPPED_HEAD_DIM = 128
-# AMD's 64 KB and 64-lane warps: the backward spills with the tiles above
+# AMD's 64 KB and 64-lane warps: kernels spill with the tiles above
 SMALLEST_SHARED_BYTES = 80 * 1024
 _SMALLEST = _SMALL | {
-    "backward_dq": _SMALL["backward_dq"] | {128: (32, 16, 4, 1)},
+    "forward": _SMALL["forward"] | {64: (64, 32, 4, 1)},
+    "backward_dq": _SMALL["backward_dq"] | {64: (64, 32, 4, 1), 128: (32, 16, 4, 1)},
     "backward_dkdv": _SMALL["backward_dkdv"] | {128: (16, 32, 4, 1)},
 }
 _SMALLEST_FP32 = _FP32 | {
