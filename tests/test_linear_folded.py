@@ -3,6 +3,8 @@
 Dimension key: M rows, N output features, K input features.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from lowbit_kernels.matmul import (
     norm_columns,
     row_statistics,
 )
-from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig, taking_norm
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, merge_statistics
@@ -307,3 +309,11 @@ def test_real_shapes_on_a_gpu(M, dtype):
             given = of_norm(rows, after, norm)
             y = low_bit_linear_normed(*given, after, after_bias, epilogue="gelu")
             check_normed(y, rows, norm, after, after_bias, None, "gelu")
+
+
+def test_few_steps_are_in_flight_on_amd():
+    deep = LinearConfig(128, 64, num_stages=4)
+    amd = Gpu("MI300X", (9, 4), 304, 64 * 1024, is_hip=True)
+    assert taking_norm(deep, amd) == replace(deep, num_stages=3)
+    assert taking_norm(replace(deep, num_stages=2), amd).num_stages == 2
+    assert taking_norm(deep, replace(amd, is_hip=False)) is deep

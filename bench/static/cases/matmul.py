@@ -15,6 +15,7 @@ from lowbit_kernels.matmul.dispatch import (
     choose_dx_config,
     parts_per_dot,
     stats_tiles_padded,
+    taking_norm,
     weights_per_block,
 )
 
@@ -143,6 +144,7 @@ def linear_case(
     gpu, x_bytes = dispatch_gpu(target), 1 if is_byte else 2
     config, pairs = choose_config(M, N, K, bits, x_bytes, gpu, groups), byte_pairs(gpu)
     config = replace(config, early_start=early_start)
+    config = taking_norm(config, gpu) if normed else config
     split = config.splits > 1
     # another kernel adds the parts, and does what follows
     has_norm, normed, stats = normed, normed and not split, stats and not split

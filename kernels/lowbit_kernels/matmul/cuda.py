@@ -20,6 +20,7 @@ from lowbit_kernels.matmul.dispatch import (
     choose_dx_backend,
     choose_linear,
     planned_rows,
+    taking_norm,
 )
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
 from lowbit_kernels.matmul.gpu import gpu_of
@@ -134,6 +135,7 @@ def linear_folded_cuda(
     if not isinstance(config, LinearConfig) or config.block_n < STATS_WIDTH:
         planned = planned_rows(M, spec.deterministic)
         config = choose_config(planned, weight.N, weight.K, spec.bits, x.itemsize, gpu)
+    config = config if norm is None else taking_norm(config, gpu)
     y, _ = linear_triton(
         rows, weight, bias, _matrix(residual), epilogue, config, norm=norm, stats=stats
     )
