@@ -135,7 +135,7 @@ def scores_case(
     is_packed: bool = False, clipped: bool = False,
 ) -> AotCase:  # fmt: skip
     config = default_config(
-        "forward" if kernel == "low_bit" else kernel, head_dim, DTYPES[dtype], kind,
+        kernel, head_dim, DTYPES[dtype], kind,
         everything, GPUS[target].program_shared_bytes,
     )  # fmt: skip
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}

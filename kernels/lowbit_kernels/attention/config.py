@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Kernel = Literal["forward", "backward_dq", "backward_dkdv", "offsets", "low_bit_delta"]
+Kernel = Literal["forward", "backward_dq", "backward_dkdv", "offsets", "low_bit", "low_bit_delta"]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def default_config(
         shared_bytes: the shared memory that one program may use.
     """
     is_fp32 = dtype == torch.float32
-    if kernel == "low_bit_delta":
-        kernel = "backward_dq" if is_fp32 else "forward"
+    if kernel in ("low_bit", "low_bit_delta"):
+        takes_less = is_fp32 and (kernel == "low_bit_delta" or kind == "relative")
+        kernel = "backward_dq" if takes_less else "forward"
     # tl.dot takes powers of two, 16 at least
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     if kind == "relative" or kernel == "offsets":

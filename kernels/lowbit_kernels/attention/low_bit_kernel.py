@@ -242,7 +242,7 @@ def low_bit_attention_triton(
     heads = padded(q), padded(k), padded(v)
     kind = None if scheme is None else scheme.kind
     config, constants = tile(
-        "forward", D, q.dtype, kind, seed is not None, q.device, None, HIGH=high
+        "low_bit", D, q.dtype, kind, seed is not None, q.device, None, HIGH=high
     )
     tensors, largest, strides = scheme_arguments(scheme, q)
     args = (
