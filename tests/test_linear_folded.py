@@ -19,7 +19,8 @@ from lowbit_kernels.matmul import (
     norm_columns,
     row_statistics,
 )
-from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig, taking_norm
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig
+from lowbit_kernels.matmul.gpu import taking_norm
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.op import flatten
 from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, merge_statistics

@@ -15,9 +15,9 @@ from lowbit_kernels.matmul.dispatch import (
     choose_dx_config,
     parts_per_dot,
     stats_tiles_padded,
-    taking_norm,
     weights_per_block,
 )
+from lowbit_kernels.matmul.gpu import taking_norm
 
 
 def linear_kernel() -> Any:

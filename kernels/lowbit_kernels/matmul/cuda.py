@@ -20,10 +20,9 @@ from lowbit_kernels.matmul.dispatch import (
     choose_dx_backend,
     choose_linear,
     planned_rows,
-    taking_norm,
 )
 from lowbit_kernels.matmul.epilogue_kernel import epilogue_backward_triton, finish_triton
-from lowbit_kernels.matmul.gpu import gpu_of
+from lowbit_kernels.matmul.gpu import gpu_of, taking_norm
 from lowbit_kernels.matmul.kernel import linear_triton
 from lowbit_kernels.matmul.quantize_kernel import quantize_rows_triton
 from lowbit_kernels.matmul.reference import STATS_WIDTH, InputNorm, input_scale_rows

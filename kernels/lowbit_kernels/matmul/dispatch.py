@@ -292,12 +292,6 @@ def _fit(config: LinearConfig, K: int, bits: int, itemsize: int, gpu: Gpu) -> Li
     return config if fits else replace(config, max_registers=None)
 
 
-def taking_norm(config: LinearConfig, gpu: Gpu) -> LinearConfig:
-    """The tile of a kernel that takes a norm of its input, too."""
-    # of more steps in flight, Triton 3.6 makes nothing for AMD's GPUs
-    return replace(config, num_stages=min(config.num_stages, 3)) if gpu.is_hip else config
-
-
 def _splits(config: LinearConfig, tiles: int, steps: int, gpu: Gpu) -> int:
     """Parts of the sum over K: as many as there are multiprocessors left, with a few steps each."""
     # a few rows are a matter of latency: more and shorter programs, whose sums are small

@@ -1,12 +1,13 @@
 """The device that a tensor is on, as dispatch sees it."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 
-from lowbit_kernels.matmul.dispatch import Gpu, byte_pairs
+from lowbit_kernels.matmul.dispatch import Gpu, LinearConfig, byte_pairs
 
 INTERPRETED_PAIRS = 1
 INTERPRETED_SMS = 2
@@ -45,3 +46,9 @@ def sms_of(device: torch.device, kernel: Any) -> int:
     if not isinstance(kernel, triton.JITFunction):
         return INTERPRETED_SMS
     return gpu_of(device).num_sms
+
+
+def taking_norm(config: LinearConfig, gpu: Gpu) -> LinearConfig:
+    """The tile of a kernel that takes a norm of its input, too."""
+    # of more steps in flight, Triton 3.6 makes nothing for AMD's GPUs
+    return replace(config, num_stages=min(config.num_stages, 3)) if gpu.is_hip else config
