@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "transformers", "lowbit-kernels")
 # what is measured; results and README change without making a measurement stale
-MEASURED = ("kernels", "bench", ":!bench/results")
+MEASURED = ("kernels", "ssl_models", "bench", ":!bench/results")
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 UNMEASURED = {"static", "report.py", "plot.py", "goals.py", "sitting.py", "__main__.py"}
 
@@ -133,7 +133,7 @@ def _git(*arguments: str) -> str:
 
 def write(record: Record, results: Path = RESULTS) -> Path:
     """Write a result to ``<results>/<device>/<case>.json`` and return the path."""
-    path = results / record["device"]["slug"] / f"{record['case']}.json"
+    path: Path = results / record["device"]["slug"] / f"{record['case']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     # renamed whole: it may be read, and the process may be killed, at any time
     scratch = path.with_suffix(".new")

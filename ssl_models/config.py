@@ -3,8 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
+
+from ssl_models.module_kinds import check_quantization
 
 KINDS = ("transformer", "conformer", "squeezeformer", "sparseformer")
 CONV_NORMS = ("group", "layer")
@@ -36,7 +38,9 @@ class SpeechEncoderConfig:
         conv_norm: ``"group"``, a GroupNorm after the first convolution, or ``"layer"``, a
             LayerNorm after each.
         conv_bias: whether these convolutions have one.
-        conv_dims: their channels, kernel sizes and strides; None: those of ``front_end``.
+        conv_dims: their channels, kernel sizes and strides; None: those of ``front_end``. With
+            ``"fbank"``, of convolutions over windows of mel energies, 100 a second; None: two
+            windows make a frame.
         conv_kernels: see ``conv_dims``.
         conv_strides: see ``conv_dims``.
         hidden_size: C.
@@ -48,6 +52,11 @@ class SpeechEncoderConfig:
         norm_first: pre-norm instead of post-norm, of a Transformer or Sparseformer.
         position_kernel: taps of the convolution that stands for positions, of the same two.
         position_groups: of that convolution, divides C.
+        position_layers: None: one with weight norm; else so many without, each with a LayerNorm
+            without parameters, as in data2vec.
+        position_buckets: of a Transformer: rows of a table of attention biases, one for each bucket
+            of offsets, weighed by gates, as in WavLM; even, 4 or more. None: no such bias.
+        position_distance: the offset from which on all share the last bucket.
         window: ``"sliding"`` or ``"block"``, of a Sparseformer's attention.
         window_frames: what a frame sees on each side of itself, or the frames of a block.
         depthwise_kernel: taps of a convolution module's depthwise convolution, odd.
@@ -58,6 +67,13 @@ class SpeechEncoderConfig:
             code.
         dropout: probability, of what is added to the residual and of activations.
         attention_dropout: probability, of attention weights.
+        quantization: kinds of layers, ``"attention"``, ``"feed_forward"``, ``"conv"`` or
+            ``"front_end"``, to ``{"mode": "float"}`` (as without an entry), ``"qat"`` (layers that
+            train in low bits, see ``prepare_qat``) or ``"packed"`` (see ``quantize``), and with the
+            last two ``QuantSpec``'s arguments and ``"overrides"`` of them by patterns, such as
+            ``{"output_dense": {"inputs": "uint1"}}`` behind a ReLU, or to None; with ``"qat"`` a
+            ``"quantizer"``, too, and of attention ``"attention_matmuls"`` and
+            ``"attention_shift"``, as in ``QuantConfig``.
 
     Raises:
         ValueError: naming the key, the rule and the value.
@@ -78,6 +94,9 @@ class SpeechEncoderConfig:
     norm_first: bool = False
     position_kernel: int = 128
     position_groups: int = 16
+    position_layers: int | None = None
+    position_buckets: int | None = None
+    position_distance: int = 800
     window: str = "sliding"
     window_frames: int = 32
     depthwise_kernel: int = 31
@@ -86,6 +105,7 @@ class SpeechEncoderConfig:
     reduce_kernel: int = 3
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    quantization: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_one_of(self, "kind", KINDS)
@@ -97,7 +117,8 @@ class SpeechEncoderConfig:
             _check(self, name, isinstance(getattr(self, name), bool), "True or False")
         for name in (
             "hidden_size", "num_layers", "num_heads", "feed_forward_size", "position_kernel",
-            "position_groups", "window_frames", "depthwise_kernel", "reduce_kernel",
+            "position_groups", "position_distance", "window_frames", "depthwise_kernel",
+            "reduce_kernel",
         ):  # fmt: skip
             _check(self, name, _is_count(getattr(self, name)), "an int >= 1")
         for name in ("dropout", "attention_dropout"):
@@ -111,8 +132,21 @@ class SpeechEncoderConfig:
             _check(self, "hidden_size", self.hidden_size % 2 == 0, f"even in a {self.kind}")
         for name in ("depthwise_kernel", "reduce_kernel"):
             _check(self, name, getattr(self, name) % 2 == 1, "odd")
+        self._check_positions()
         self._check_convolutions()
         self._check_rates()
+        object.__setattr__(self, "quantization", check_quantization(self.quantization))
+
+    def _check_positions(self) -> None:
+        layers, buckets = self.position_layers, self.position_buckets
+        _check(self, "position_layers", layers is None or _is_count(layers), "None or an int >= 1")
+        if buckets is None:
+            return
+        is_even = type(buckets) is int and buckets >= 4 and buckets % 2 == 0
+        _check(self, "position_buckets", is_even, "None or an even int >= 4")
+        _check(self, "position_buckets", self.kind == "transformer", "None but for a transformer")
+        is_far = self.position_distance > buckets // 4
+        _check(self, "position_distance", is_far, f"above a quarter of {buckets} buckets")
 
     def _check_convolutions(self) -> None:
         given = {
@@ -121,7 +155,6 @@ class SpeechEncoderConfig:
         if all(value is None for value in given.values()):
             return
         for name, value in given.items():
-            _check(self, name, self.front_end != "fbank", "None with front_end 'fbank'")
             are_counts = isinstance(value, list | tuple) and all(map(_is_count, value))
             _check(self, name, are_counts, "ints >= 1, like the rest of conv_*")
             # JSON has lists
@@ -144,9 +177,9 @@ class SpeechEncoderConfig:
     @property
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
         """Channels, kernel size and stride of each convolution of the front end, if it has some."""
-        if self.front_end == "fbank":
-            return ()
         if self.conv_dims is None or self.conv_kernels is None or self.conv_strides is None:
+            if self.front_end == "fbank":
+                return ()
             return tuple(zip(*FRONT_ENDS[self.front_end], strict=True))  # type: ignore[arg-type]
         return tuple(zip(self.conv_dims, self.conv_kernels, self.conv_strides, strict=True))
 

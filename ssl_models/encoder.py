@@ -3,6 +3,7 @@
 Dimension key: B batch, S samples, T frames, C features.
 """
 
+import dataclasses
 from typing import Any, Self
 
 import torch
@@ -13,8 +14,9 @@ from lowbit_kernels.integrations import rebuild
 from ssl_models import fused as fused  # what quantize does to these layers registers itself
 from ssl_models.config import SpeechEncoderConfig
 from ssl_models.conformer import ConformerEncoder
-from ssl_models.fbank import FbankFrontEnd
+from ssl_models.fbank import FbankConvFrontEnd, FbankFrontEnd
 from ssl_models.front_end import ConvFrontEnd, FeatureProjection
+from ssl_models.module_kinds import quantize_kinds
 from ssl_models.presets import preset
 from ssl_models.squeezeformer import SqueezeformerEncoder
 from ssl_models.transformer import TransformerEncoder
@@ -39,17 +41,18 @@ class SpeechEncoder(nn.Module):
     over valid frames. No tensor grows with the square of the frames on a GPU.
 
     Args:
-        config: dimensions.
+        config: dimensions, and which layers are in low bits.
     """
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        front_end = FbankFrontEnd() if config.front_end == "fbank" else ConvFrontEnd(config)
+        front_end = _front_end(config)
         self.feature_extractor = front_end
         self.feature_projection = FeatureProjection(front_end.channels, config)
         self.encoder = _ENCODERS[config.kind](config)
-        self.apply(_initialize)
+        self.apply(initialize)
+        quantize_kinds(self, config.quantization)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
@@ -91,16 +94,25 @@ class SpeechEncoder(nn.Module):
         return frames, frame_lengths
 
 
-rebuild.register(
-    "ssl_models",
-    SpeechEncoder,
-    lambda encoder: encoder.config.to_json(),
-    lambda config: SpeechEncoder(SpeechEncoderConfig.from_json(config)),
-)
+def _front_end(config: SpeechEncoderConfig) -> FbankFrontEnd | ConvFrontEnd:
+    if config.front_end != "fbank":
+        return ConvFrontEnd(config)
+    return FbankConvFrontEnd(config) if config.conv_layers else FbankFrontEnd()
+
+
+def _rebuild(text: str) -> SpeechEncoder:
+    """A float encoder, whose layers the checkpoint replaces."""
+    config = SpeechEncoderConfig.from_json(text)
+    encoder = SpeechEncoder(dataclasses.replace(config, quantization={}))
+    encoder.config = config
+    return encoder
+
+
+rebuild.register("ssl_models", SpeechEncoder, lambda encoder: encoder.config.to_json(), _rebuild)
 
 
 @torch.no_grad()
-def _initialize(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """As wav2vec 2.0: linear layers normal with deviation 0.02, convolutions as He et al."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)

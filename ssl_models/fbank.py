@@ -3,8 +3,12 @@
 Dimension key: B batch, S samples, T frames, M mel bins, F frequencies.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from ssl_models.front_end import ConvFrontEnd
 
 SAMPLE_RATE = 16_000
 # of a window, of the step to the next, and of the Fourier transform
@@ -34,10 +38,38 @@ class FbankFrontEnd(nn.Module):
 
     def frames(self, lengths: Tensor | None) -> Tensor | None:
         """Valid frames [B] of valid samples [B]."""
-        if lengths is None:
-            return None
-        windows = (lengths - WINDOW).div(HOP, rounding_mode="floor") + 1
-        return windows.clamp(min=0).div(STACKED, rounding_mode="floor")
+        windows = _windows(lengths)
+        return None if windows is None else windows.div(STACKED, rounding_mode="floor")
+
+
+class FbankConvFrontEnd(ConvFrontEnd):
+    """The same energies, and convolutions over their windows, 100 a second."""
+
+    in_channels = MEL_BINS
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Waveforms [B, S] in [-1, 1] and valid samples [B] to [B, T, C] and valid frames [B]."""
+        mel = log_mel_energies(waveform).to(waveform.dtype)
+        return self.convolve(mel.transpose(1, 2), _windows(lengths))
+
+    def frames(self, lengths: Tensor | None) -> Tensor | None:
+        """Valid frames [B] of valid samples [B]."""
+        return super().frames(_windows(lengths))
+
+    @property
+    def min_samples(self) -> int:
+        """What one frame sees."""
+        return WINDOW + (super().min_samples - 1) * HOP
+
+    def find_layout(self) -> None:
+        """No one call serves these layers."""
+
+
+def _windows(lengths: Tensor | None) -> Tensor | None:
+    """Whole windows [B] in valid samples [B]."""
+    if lengths is None:
+        return None
+    return ((lengths - WINDOW).div(HOP, rounding_mode="floor") + 1).clamp(min=0)
 
 
 def log_mel_energies(waveform: Tensor) -> Tensor:
@@ -57,7 +89,7 @@ def log_mel_energies(waveform: Tensor) -> Tensor:
 def mel_filters(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Triangles [F, M] that overlap by half on the mel scale."""
     options = {"dtype": dtype, "device": device}
-    low, high = (1127 * torch.log1p(torch.tensor((LOWEST, HIGHEST), dtype=dtype) / 700)).tolist()
+    low, high = (1127 * math.log1p(frequency / 700) for frequency in (LOWEST, HIGHEST))
     edges = torch.linspace(low, high, MEL_BINS + 2, **options)  # type: ignore[call-overload]
     frequencies = torch.arange(FFT // 2 + 1, **options) * (SAMPLE_RATE / FFT)  # type: ignore[call-overload]
     mel = 1127 * torch.log1p(frequencies / 700)[:, None]

@@ -52,13 +52,15 @@ class ConvLayer(nn.Module):
 class ConvFrontEnd(nn.Module):
     """The stack of convolutions; one call in inference once they are quantized."""
 
+    # channels of what it takes
+    in_channels = 1
     # of that call, as ``describe_layers`` gives it; None: the layers run one by one
     _layout: str | None = None
 
     def __init__(self, config: SpeechEncoderConfig) -> None:
         super().__init__()
         layers: list[ConvLayer] = []
-        channels = 1
+        channels = self.in_channels
         for dim, kernel, stride in config.conv_layers:
             norm = config.conv_norm if config.conv_norm == "layer" or not layers else None
             layers.append(ConvLayer((channels, dim, kernel, stride), config.conv_bias, norm))
@@ -73,7 +75,10 @@ class ConvFrontEnd(nn.Module):
             tensors = flatten_layers(front_end_layers(self.conv_layers) or [])
             x = front_end(waveform, lengths, tensors, self._layout or "")
             return x, self.frames(lengths)
-        x = waveform[:, None]
+        return self.convolve(waveform[:, None], lengths)
+
+    def convolve(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, C_in, T_in] and valid frames [B] to [B, T, C] and valid frames [B]."""
         for layer, following in zip_longest(self.conv_layers, self.conv_layers[1:]):
             lengths = None if lengths is None else _frames(lengths, layer)
             x = layer(x, lengths)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_kernels.attention.gate_op import position_gate
+from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.conv1d.depthwise_op import MAX_CHANNELS, depthwise_conv1d_norm
 from lowbit_kernels.conversion.registry import (
     ATTENTIONS,
@@ -50,7 +52,12 @@ from lowbit_kernels.modules.low_bit_matmuls import NAME as MATMULS
 from ssl_models.conformer import ConformerLayer, RelativeAttention
 from ssl_models.front_end import ConvFrontEnd
 from ssl_models.squeezeformer import ChannelScale, SqueezeformerLayer
-from ssl_models.transformer import PreNormTransformerLayer, SelfAttention, TransformerLayer
+from ssl_models.transformer import (
+    GatedAttention,
+    PreNormTransformerLayer,
+    SelfAttention,
+    TransformerLayer,
+)
 
 
 class _WithLengths(FusedLayer):
@@ -77,8 +84,27 @@ class _WithoutMask(Swapped):
         return super().forward(x, **kwargs)  # type: ignore[misc]
 
 
-class _Local(FusedLayer):
-    """Layers of which a Sparseformer's attend locally; static int8 inputs then cost one op more."""
+class _Attending(FusedLayer):
+    """Layers of which a Sparseformer's attend locally, and WavLM's with a gated bias.
+
+    Locally static int8 inputs cost one op more; a gate is one op.
+    """
+
+    @property
+    def _is_gated(self) -> bool:  # type: ignore[override]
+        return isinstance(self.attention, GatedAttention)
+
+    def _fits(self, **_: Any) -> bool:
+        linear = getattr(self.attention, "gru_rel_pos_linear", None)
+        return linear is None or (type(linear) is nn.Linear and not has_hooks(linear))
+
+    def _position(self, x: Tensor, offset_bias: Tensor | None = None, **_: Any) -> Scheme | None:
+        attention = self.attention
+        if offset_bias is None:
+            return None
+        linear = attention.gru_rel_pos_linear
+        gate = position_gate(x, linear.weight, linear.bias, attention.gru_rel_pos_const)
+        return Scheme("offset", offset_bias, gate)
 
     def _attended(
         self,
@@ -98,11 +124,11 @@ class _Local(FusedLayer):
         return out.transpose(1, 2).flatten(2)
 
 
-class FusedTransformerLayer(_WithLengths, _Local, PostNormLayer, _WithoutMask):  # type: ignore[misc]
+class FusedTransformerLayer(_WithLengths, _Attending, PostNormLayer, _WithoutMask):  # type: ignore[misc]
     """7 launches, with int8 inputs of one scale a token 9."""
 
 
-class FusedPreNormTransformerLayer(_WithLengths, _Local, PreNormLayer, _WithoutMask):  # type: ignore[misc]
+class FusedPreNormTransformerLayer(_WithLengths, _Attending, PreNormLayer, _WithoutMask):  # type: ignore[misc]
     """As many, with 16-bit inputs 5."""
 
 
@@ -163,7 +189,7 @@ def _fuses_swish(module: Any) -> bool:
     convs = module.pointwise_conv1, module.depthwise_conv, module.pointwise_conv2
     norm = module.batch_norm
     return (
-        all(type(conv) is QConv1d and conv.spec.inputs != "fp8" for conv in convs)
+        all(type(conv) is QConv1d and conv.spec.inputs in (None, "int8") for conv in convs)
         and is_pointwise(convs[0])
         and is_depthwise(convs[1])
         and is_pointwise(convs[2])
@@ -240,18 +266,14 @@ def fold_scales(layer: nn.Module) -> nn.Module:
 
 
 def _find_attention(model: nn.Module) -> list[nn.Module]:
-    """Those that attend in one call of ``modules.attend``."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, RelativeAttention)
-        or (isinstance(module, SelfAttention) and module.block is None)
-    ]
+    """Those that call ``modules.attend``."""
+    return [m for m in model.modules() if isinstance(m, RelativeAttention | SelfAttention)]
 
 
 def _silence(model: nn.Module) -> dict[nn.Module, Tensor]:
     """What the convolutions of front ends get in silence; see ``silence_offsets``."""
-    front_ends = [module for module in model.modules() if isinstance(module, ConvFrontEnd)]
+    # mel energies of silence are far from those of speech
+    front_ends = [m for m in model.modules() if isinstance(m, ConvFrontEnd) and m.in_channels == 1]
     return {conv: x for each in front_ends for conv, x in layer_inputs(each).items()}
 
 

@@ -57,6 +57,10 @@ PRESETS: dict[str, SpeechEncoderConfig] = {
     "wav2vec2-large": SpeechEncoderConfig(**_LARGE),
     "hubert-base": SpeechEncoderConfig(),
     "hubert-large": SpeechEncoderConfig(**_LARGE),
+    # arXiv 2110.13900
+    "wavlm-base": SpeechEncoderConfig(position_buckets=320),
+    # arXiv 2202.03555
+    "data2vec-base": SpeechEncoderConfig(conv_norm="layer", position_layers=5, position_kernel=19),
     # HuBERT with SEW's front end, the float model of arXiv 2301.00652
     "hubert-base-fast": SpeechEncoderConfig(front_end="sew"),
     "wav2vec2-conformer-base": SpeechEncoderConfig(kind="conformer", activation="silu"),

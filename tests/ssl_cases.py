@@ -29,6 +29,9 @@ UNET: dict[str, Any] = {"kind": "squeezeformer", "reduce_layer": 2, "recover_lay
 KINDS: dict[str, dict[str, Any]] = {
     "post-norm": {},
     "pre-norm": {"norm_first": True, "conv_norm": "layer", "conv_bias": True},
+    "gated": {"position_buckets": 16, "position_distance": 30},
+    "gated-pre-norm": {"position_buckets": 16, "position_distance": 30, "norm_first": True},
+    "stacked": {"position_layers": 3, "position_kernel": 5, "conv_norm": "layer"},
     "conformer": {"kind": "conformer", "activation": "silu"},
     "squeezeformer": {**UNET, "activation": "silu"},
     "wide-reduction": {**UNET, "reduce_kernel": 5, "activation": "relu"},

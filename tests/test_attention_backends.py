@@ -13,6 +13,7 @@ from lowbit_kernels.attention import (
     RelativeKey,
     TransformerXL,
     backend_of,
+    flash_attention_packed,
     op,
 )
 from lowbit_kernels.attention.dispatch import Backend, choose_backend
@@ -22,6 +23,7 @@ from tests.test_attention_inference import make_position
 
 ABLE = {
     "device_type": "cuda",
+    "capability": (9, 0),
     "dtype": torch.bfloat16,
     "head_dim": 64,
     "has_lengths": False,
@@ -46,7 +48,9 @@ def test_flash_attn_serves_what_it_can():
         ({"has_lengths": True, "head_dim": 81}, "triton", "multiples of 8, takes no lengths"),
         ({"has_position": True}, "triton", "flash-attn takes no position"),
         ({"capturing": True}, "triton", "while a graph is captured or compiled"),
-        ({"device_type": "cpu"}, "cpu", "q is on device 'cpu'"),
+        ({"device_type": "cpu", "capability": None}, "cpu", "q is on device 'cpu'"),
+        ({"capability": (7, 5)}, "sdpa", "'cuda' of capability (7, 5)"),
+        ({"device_type": "mps", "capability": None}, "sdpa", "q is on device 'mps'"),
     ],
     ids=str,
 )
@@ -129,7 +133,7 @@ def test_backend_of_tells_what_a_call_would_do():
 
 
 def record(calls):
-    def choose(device_type, dtype, head_dim, **options):
+    def choose(device_type, capability, dtype, head_dim, **options):
         calls.append({"dtype": dtype} | options)
 
     return choose
@@ -154,3 +158,64 @@ def test_the_call_of_flash_attn(window, monkeypatch):
     sides = (-1, -1) if window is None else (3, 3)
     assert calls == [((2, 7, 4, 16), 0.1, 0.5, False, sides)]
     assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, scale=0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [None, (11, 4, 0)], ids=["full", "ragged"])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("name", [None, "dense", "bucketed", "relative-key", "transformer-xl"])
+def test_pytorchs_attention_where_no_kernel_serves(name, window, lengths, dtype, monkeypatch):
+    B, H, T, D = 3, 2, 11, 16
+    grad, *heads = make_inputs(B, H, T, D, dtype, "cpu")
+    position = name and make_position(name, B, H, T, D, dtype, "cpu")
+    fields = vars(position) if name else {}
+    lengths, found = lengths and torch.tensor(lengths), []
+    for served, to in (("sdpa", dtype), ("cpu", dtype), ("cpu", torch.float64)):
+        leaves = [x.to(to, copy=True).requires_grad_() for x in heads]
+        values = {
+            key: x.to(to, copy=True).requires_grad_() if isinstance(x, torch.Tensor) else x
+            for key, x in fields.items()
+        }
+        leaves += [x for x in values.values() if isinstance(x, torch.Tensor)]
+        used = type(position)(**values) if name else None
+        monkeypatch.setattr(op, "backend_of", lambda *_, n=served, **__: Backend(n, ""))
+        out = op.flash_attention(*leaves[:3], lengths=lengths, window=window, position=used)
+        assert out.transpose(1, 2).is_contiguous()
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))])
+    for results in zip(*found, strict=True):
+        assert_as_accurate(*results)
+    if lengths is not None:
+        assert (found[0][0][1, :, 4:] == 0).all()
+        assert (found[0][0][2] == 0).all()
+
+
+def test_pytorchs_attention_gets_no_row_without_a_key(monkeypatch):
+    """What it makes of such a row differs between its kernels."""
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, mask, *args, **options):
+        seen.append(mask)
+        return plain(q, k, v, mask, *args, **options)
+
+    monkeypatch.setattr(op, "backend_of", lambda *_, **__: Backend("sdpa", ""))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q = torch.randn(3, 2, 9, 8)
+    op.flash_attention(q, q, q, lengths=torch.tensor([9, 2, 0]), window=3)
+    assert (seen[0] == 0).any(-1).all()
+    assert (seen[0] != 0).any()
+
+
+def test_pytorchs_attention_drops_weights(monkeypatch):
+    monkeypatch.setattr(op, "backend_of", lambda *_, **__: Backend("sdpa", ""))
+    q, k, v, _ = make_inputs(1, 2, 400, 8, torch.float32, "cpu")
+    out = op.flash_attention(q * 0, k, v * 0 + 1, dropout_p=0.25)
+    assert out.mean().sub(1).abs() < 0.02
+    assert out.std() > 0.005
+
+
+@pytest.mark.parametrize("name", ["sdpa", "triton_dense"])
+def test_packed_utterances_need_kernels(name, monkeypatch):
+    monkeypatch.setattr(op, "backend_of", lambda *_, **__: Backend(name, "a reason"))
+    q, starts = torch.zeros(5, 2, 8), torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="such packed utterances: a reason"):
+        flash_attention_packed(q, q, q, starts, 5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ssl_models.digits import checkpoint_path
-from ssl_models.digits.train import Recipe
+from ssl_models.digits.train import RECIPE
 
 README = Path(__file__).parent.parent / "README.md"
 MEAN, HELD_OUT = "mean of training speakers", "theo (held out)"
@@ -33,7 +33,7 @@ def test_the_evaluation_is_of_these_weights(measured):
 
 
 def test_the_card_states_the_recipe(card):
-    assert f"Seed {Recipe().seed}, {Recipe().steps} steps" in card
+    assert f"Seed {RECIPE.seed}, {RECIPE.steps} steps" in card
 
 
 def test_the_card_states_the_float_rates(card, measured):

@@ -1,6 +1,7 @@
 """LowBitMatmuls: what it rounds, where it starts, and whole models trained, packed and loaded."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -19,7 +20,7 @@ from lowbit_kernels import (
     quantize,
     save_quantized,
 )
-from lowbit_kernels.attention import TransformerXL, low_bit_attention
+from lowbit_kernels.attention import TransformerXL, block_attention, low_bit_attention
 from lowbit_kernels.fake_quant import Levels, Quantizer, fake_quantize
 from lowbit_kernels.modules import LowBitMatmuls
 from lowbit_kernels.testing import assert_as_accurate
@@ -27,6 +28,7 @@ from tests.families.models import LAYERS
 from tests.fused_cases import BY_NAME, logits, ops, skip_where_attention_is_fixed
 
 CONFIG = QuantConfig(QuantSpec(4), attention_matmuls="int4")
+SHIFTED = dataclasses.replace(CONFIG, attention_shift=True)
 NAMES = [
     "wav2vec2-group", "wavlm", "conformer-relative", "conformer-rotary", "wav2vec2-bert", "sew",
     "parakeet",
@@ -37,11 +39,11 @@ def heads(*shape):
     return [torch.randn(shape) for _ in range(3)]
 
 
-def prepared(name, **options):
+def prepared(name, config=CONFIG):
     """A model that was prepared, and trained for a step that moves every scale."""
     skip_where_attention_is_fixed(name)
     model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
-    prepare_qat(model, CONFIG, **options)
+    prepare_qat(model, config)
     model.train()(**inputs).logits.square().mean().backward()
     torch.optim.SGD(model.parameters(), lr=0.01).step()
     return model.eval(), inputs
@@ -99,6 +101,35 @@ def test_scales_start_from_the_valid_frames_of_the_first_batch():
     assert all(torch.equal(start[name], x) for name, x in matmuls.state_dict().items())
 
 
+def test_each_feature_is_shifted_before_it_is_rounded():
+    (q, k, v), matmuls = heads(2, 3, 9, 8), LowBitMatmuls(2, shifted=24)
+    assert not matmuls.shift.any()
+    nn.init.normal_(matmuls.shift)
+    shifts = matmuls.shift.detach().view(3, 3, 1, 8)
+    plain = LowBitMatmuls(2)
+    expected = plain(*(x + shift for x, shift in zip((q, k, v), shifts, strict=True)))
+    actual = matmuls(q, k, v)
+    assert torch.equal(actual, expected)
+    assert "with shifts" in repr(matmuls)
+    actual.square().sum().backward()
+    assert matmuls.shift.grad.abs().amin() > 0
+
+
+def test_blocks_are_rounded_as_utterances_of_their_own():
+    (q, k, v), matmuls = heads(2, 3, 17, 8), LowBitMatmuls(2)
+    lengths = torch.tensor([17, 9])
+    actual = block_attention(q, k, v, block=5, lengths=lengths, attention=matmuls)
+    # with the scales that the first batch has set
+    for row, length in enumerate(lengths.tolist()):
+        for start in range(0, length, 5):
+            frames = slice(start, min(start + 5, length))
+            alone = matmuls(*(x[row : row + 1, :, frames] for x in (q, k, v)))
+            torch.testing.assert_close(actual[row : row + 1, :, frames], alone)
+    # ten rows that see five keys each, and a row that sees two, ...
+    rows, pairs = 17 + 9, 3 * 25 + 4 + 25 + 16
+    torch.testing.assert_close(matmuls.prob_step.detach(), torch.tensor(4 * rows / pairs / 3**0.5))
+
+
 def test_attention_modules_find_it():
     attention = QAttention(16, 2)
     x = torch.randn(1, 5, 16)
@@ -107,13 +138,15 @@ def test_attention_modules_find_it():
     assert not torch.equal(attention(x), before)
 
 
+@pytest.mark.parametrize("config", [CONFIG, SHIFTED], ids=["plain", "shifted"])
 @pytest.mark.parametrize("name", NAMES)
-def test_models_train_and_pack(name):
-    model, inputs = prepared(name)
+def test_models_train_and_pack(name, config):
+    model, inputs = prepared(name, config)
     attention = matmuls_in(model)
     assert len(attention) == LAYERS
     for matmuls in attention:
-        assert all(p.grad is not None and p.grad != 0 for p in matmuls.parameters())
+        assert all(p.grad is not None and (p.grad != 0).any() for p in matmuls.parameters())
+        assert (matmuls.shift is not None) == config.attention_shift
     trained = logits(model, inputs)
     high = logits(copy.deepcopy(model).double(), doubled(inputs))
     convert(model)
@@ -127,9 +160,10 @@ def doubled(inputs):
     return {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
 
 
+@pytest.mark.parametrize("config", [CONFIG, SHIFTED], ids=["plain", "shifted"])
 @pytest.mark.parametrize("name", ["wav2vec2-group", "conformer-relative"])
-def test_checkpoints_keep_it(name, tmp_path):
-    model, inputs = prepared(name)
+def test_checkpoints_keep_it(name, config, tmp_path):
+    model, inputs = prepared(name, config)
     convert(model)
     expected = logits(model, inputs)
     save_quantized(model, tmp_path / "own")
@@ -161,6 +195,9 @@ def test_padding_changes_nothing():
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"attention_matmuls must be None or one of .*got 'int3'"):
         QuantConfig(attention_matmuls="int3")
+    for shift in (True, "yes"):
+        with pytest.raises(ValueError, match=f"or True with attention_matmuls, got {shift!r}"):
+            QuantConfig(attention_shift=shift)
     linear = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"without attention modules .* got a Sequential"):
         prepare_qat(linear, CONFIG)
@@ -182,3 +219,12 @@ def test_wrong_arguments(tmp_path):
         type(model).from_pretrained(
             tmp_path, quantization_config=LowbitConfig(config=CONFIG.to_dict())
         )
+
+
+def test_products_alone_survive_where_a_layer_is_exposed():
+    """A Squeezeformer's layer stands aside while it is converted, and comes back if nothing was."""
+    from tests.ssl_cases import build
+
+    model = build("squeezeformer")
+    prepare_qat(model, QuantConfig(skip=(".",), attention_matmuls="int4"))
+    assert sum(isinstance(module, LowBitMatmuls) for module in model.modules()) == 4

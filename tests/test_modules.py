@@ -253,7 +253,7 @@ def test_wrong_specs_are_refused_when_a_layer_is_made(build):
         build("int4")
     with pytest.raises(ValueError, match="spec must be a QuantSpec, got 0"):
         build(0)
-    with pytest.raises(NotImplementedError, match=r"inputs must be one of .* got 'int4'"):
+    with pytest.raises(NotImplementedError, match=r"input_scale must be 'static'.* with 'int4'"):
         build(QuantSpec(inputs="int4"))
 
 

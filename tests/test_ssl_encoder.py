@@ -69,16 +69,28 @@ def test_mel_energies_are_kaldis() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_mel_frames_of_a_padded_utterance_are_its_own(dtype: torch.dtype) -> None:
-    options = {"front_end": "fbank", "conv_dims": None, "conv_kernels": None, "conv_strides": None}
+@pytest.mark.parametrize(
+    ("dims", "counts"),
+    # 7 windows and 3: two a frame, or convolved
+    [(None, [3, 1]), ((24,), [3, 1]), ((24, 16), [3, 1])],
+    ids=["stacked", "convolved", "twice"],
+)
+def test_mel_frames_of_a_padded_utterance_are_its_own(
+    dims: tuple[int, ...] | None, counts: list[int], dtype: torch.dtype
+) -> None:
+    kernels, strides = ((3, 1)[: len(dims)], (2, 1)[: len(dims)]) if dims else (None, None)
+    options = {
+        "front_end": "fbank", "conv_dims": dims, "conv_kernels": kernels, "conv_strides": strides,
+        "conv_norm": "layer",
+    }  # fmt: skip
     encoder, wide = (build("squeezeformer", **options).to(t) for t in (dtype, torch.float64))
     batch = inputs()
     batch["waveforms"] = (0.1 * batch["waveforms"]).to(dtype)
     precise = batch | {"waveforms": batch["waveforms"].double()}
     frames, lengths = encoder(**batch)
-    # 7 windows and 3
-    assert frames.shape == (2, 3, 32)
-    assert lengths.tolist() == [3, 1]
+    assert frames.shape == (2, counts[0], 32)
+    assert lengths.tolist() == counts
+    assert encoder.feature_extractor.min_samples <= 1500
     for i, row in enumerate(encode(encoder, batch)):
         assert_as_accurate(row, alone(encoder, batch, i), alone(wide, precise, i))
 
@@ -133,7 +145,7 @@ def test_a_head_is_left_behind() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("layer_norm_eps", 1e-6), ("feat_proj_layer_norm", False), ("conv_pos_batch_norm", True),
-     ("feat_extract_activation", "relu"), ("hidden_act", "quick_gelu"), ("model_type", "wavlm")],
+     ("feat_extract_activation", "relu"), ("hidden_act", "quick_gelu"), ("model_type", "sew")],
 )  # fmt: skip
 def test_parts_that_an_encoder_has_not_are_refused(key: str, value: Any) -> None:
     model = theirs("pre-norm", "layer")

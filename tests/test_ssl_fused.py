@@ -65,7 +65,9 @@ def test_fused_layers_are_as_accurate_as_the_layers_they_were(kind: str, preset:
         assert_as_accurate(found, wanted, precise)
 
 
-@pytest.mark.parametrize("kind", ["post-norm", "pre-norm", "conformer", "sliding", "block"])
+@pytest.mark.parametrize(
+    "kind", ["post-norm", "pre-norm", "gated", "stacked", "conformer", "sliding", "block"]
+)
 def test_float_inputs_give_the_same_bits_as_without_fusion(kind: str) -> None:
     plain, fused = (quantized(kind, "small", fuse=fuse) for fuse in (False, True))
     for found, wanted in zip(encode(fused, inputs()), encode(plain, inputs()), strict=True):
@@ -76,7 +78,9 @@ def most_launches(kind: str, preset: str) -> int:
     if kind in ("conformer", "squeezeformer", "wide-reduction", "no-reduction"):
         return {"small": 14, "fast": 18, "static": 14}[preset]
     # local attention does not round its result
-    return {"small": 7, "fast": 9, "static": 7 + (kind == "sliding")}[preset]
+    # and a gate is an op
+    more = kind.startswith("gated")
+    return more + {"small": 7, "fast": 9, "static": 7 + (kind == "sliding")}[preset]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +227,9 @@ def test_a_prepared_encoder_trains_and_converts(kind: str) -> None:
         assert_as_accurate(found, wanted, high)
 
 
-@pytest.mark.parametrize("kind", ["post-norm", "conformer", "squeezeformer", "sliding"])
+@pytest.mark.parametrize(
+    "kind", ["post-norm", "gated", "conformer", "squeezeformer", "sliding", "block"]
+)
 def test_attention_products_in_low_bits(kind: str) -> None:
     encoder, batch = build(kind).train(), inputs()
     prepare_qat(encoder, QuantConfig(attention_matmuls="int4", fuse=True))
@@ -234,7 +240,7 @@ def test_attention_products_in_low_bits(kind: str) -> None:
     assert not any(name.startswith("lowbit.flash") for name in names)
 
 
-@pytest.mark.parametrize("kind", ["post-norm", "conformer", "squeezeformer"])
+@pytest.mark.parametrize("kind", ["post-norm", "gated", "conformer", "squeezeformer"])
 def test_hooks_inside_are_called(kind: str) -> None:
     plain, fused = (quantized(kind, "small", fuse=fuse) for fuse in (False, True))
     calls: list[Any] = []

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from lowbit_kernels.integrations.skeletons import (
     empty_layer,
     layer_table,
 )
-from lowbit_kernels.modules import QConv1d, QLinear
+from lowbit_kernels.modules import QATModule, QConv1d, QLinear
 
 MANIFEST = "lowbit.json"
 
@@ -99,7 +99,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: directory, created if missing.
 
     Raises:
-        ValueError: if the model holds no quantized layer.
+        ValueError: if the model holds no quantized layer, or one that ``convert`` has not packed.
         OSError: if the disk refuses; the old checkpoint is intact.
     """
     layers = layer_table(model)
@@ -107,6 +107,8 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"model must hold quantized layers, got a {type(model).__name__} with none"
         )
+    if any(isinstance(module, QATModule) for module in model.modules()):
+        raise ValueError("model must hold no layers that train: call convert first")
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _unshare(model.state_dict())
@@ -119,7 +121,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "rebuild": rebuild.describe(model),
         "layers": layers,
         "fuse": is_fused(model),
-        "attention_matmuls": matmuls_of(model),
+        **matmuls_of(model),
         "weights": {"file": weights.name, "sha256": _sha256(weights), "aliases": aliases},
     }
     manifest["sha256"] = _manifest_hash(manifest)
@@ -158,17 +160,18 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
                 "from JSON; got None"
             )
         target = rebuild.build(manifest["rebuild"]).eval()
+    # checkpoints of older releases have not all of these keys
+    options = {key: manifest[key] for key in ("fuse", *matmuls_of(target)) if key in manifest}
+    config = QuantConfig(**options)
     with exposed(target, manifest["layers"]):
-        add_matmuls(target, manifest.get("attention_matmuls"))
+        add_matmuls(target, config)
         skeletons = _skeletons(target, manifest["layers"], directory / MANIFEST)
         _check_fit(target, skeletons, state, directory / manifest["weights"]["file"])
         for name, layer in skeletons.items():
             target.set_submodule(name, layer)
     adapt(target)
     target.load_state_dict(state)
-    spec, matmuls = next(iter(skeletons.values())).spec, manifest.get("attention_matmuls")
-    fuse = manifest.get("fuse", False)
-    finish(target, QuantConfig(spec, fuse=fuse, attention_matmuls=matmuls))
+    finish(target, replace(config, default=next(iter(skeletons.values())).spec))
     return target
 
 

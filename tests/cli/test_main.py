@@ -22,7 +22,16 @@ def test_help_imports_no_torch_and_names_every_command():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("quantize", "inspect", "compare", "transcribe", "encode", "env", "demo"):
+    for command in (
+        "quantize",
+        "inspect",
+        "compare",
+        "cost",
+        "transcribe",
+        "encode",
+        "env",
+        "demo",
+    ):
         assert f" {command} " in done.stdout
 
 

@@ -3,6 +3,7 @@
 Dimension key: B batch, H heads, T frames, D head dimension, N blocks, W frames of a block.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,10 +25,11 @@ def block_attention(
     position: Position | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    attention: Callable[..., Tensor] = flash_attention,
 ) -> Tensor:
     """Attend every frame to those of its block: frames 0 to W - 1, W to 2 W - 1, and so on.
 
-    One call of ``flash_attention``, whose batch are the blocks. q, k and v are copied only where T
+    One call of ``attention``, whose batch are the blocks. q, k and v are copied only where T
     is no multiple of W, or frames are not evenly spaced in memory across utterances.
 
     Args:
@@ -39,6 +41,7 @@ def block_attention(
         position: as in ``flash_attention``, but no ``DenseBias``; offsets below W are enough.
         scale: as in ``flash_attention``.
         dropout_p: as in ``flash_attention``.
+        attention: what is called, with ``flash_attention``'s arguments.
 
     Returns:
         [B, H, T, D], in the dtype of q.
@@ -57,7 +60,7 @@ def block_attention(
     B, _, T, _ = q.shape
     check_position(q, position, block - 1)
     if block >= T:
-        return flash_attention(
+        return attention(
             q, k, v, lengths=lengths, position=position, scale=scale, dropout_p=dropout_p
         )
     if isinstance(position, BucketedBias) and position.gate is not None:
@@ -70,9 +73,7 @@ def block_attention(
         first = torch.arange(0, T, block, device=q.device)
         lengths = (lengths.clamp(max=T)[:, None] - first).flatten()
     heads = (_in_blocks(x, block) for x in (q, k, v))
-    out = flash_attention(
-        *heads, lengths=lengths, position=position, scale=scale, dropout_p=dropout_p
-    )
+    out = attention(*heads, lengths=lengths, position=position, scale=scale, dropout_p=dropout_p)
     frames = out.transpose(1, 2).reshape(B, num_blocks * block, *q.shape[1::2])
     return frames[:, :T].transpose(1, 2)
 

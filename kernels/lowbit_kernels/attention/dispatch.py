@@ -1,8 +1,8 @@
-"""Which backend serves an attention call and why, and the call of the optional one.
+"""Which backend serves an attention call and why, and the calls of those that are not ours.
 
-PyTorch's scaled_dot_product_attention is none of them on a GPU: it serves nothing that the kernels
-here do not, with a position's bias materialized at worst, and an utterance alone would get other
-bits from it than in a padded batch, which it serves with a mask [B, T, T] only.
+PyTorch's scaled_dot_product_attention serves devices that no kernel here does. Where one does, it
+is not asked: an utterance alone would get other bits from it than in a padded batch, which takes
+it a mask [B, 1, T, T].
 
 Dimension key: B batch, H heads, T frames, D head dimension.
 """
@@ -11,10 +11,12 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM
 from lowbit_kernels.attention.position import DenseBias, Position, Scheme
+from lowbit_kernels.attention.reference import attention_mask
 
 # looked up, not imported
 FLASH_ATTN_INSTALLED = find_spec("flash_attn") is not None
@@ -25,7 +27,7 @@ class Backend(NamedTuple):
 
     Attributes:
         name: ``"cpu"``; ``"triton"``; ``"triton_dense"``, the same with the position as a bias
-            [B, H, T, T]; or ``"flash_attn"``.
+            [B, H, T, T]; ``"flash_attn"``; or ``"sdpa"``, PyTorch's, with a bias likewise.
         reason: why, for people.
     """
 
@@ -34,13 +36,15 @@ class Backend(NamedTuple):
 
 
 def choose_backend(
-    device_type: str, dtype: torch.dtype, head_dim: int, *, has_lengths: bool, has_position: bool,
-    has_offsets: bool, trains: bool, capturing: bool, installed: bool,
+    device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, *,
+    has_lengths: bool, has_position: bool, has_offsets: bool, trains: bool, capturing: bool,
+    installed: bool,
 ) -> Backend:  # fmt: skip
     """The backend of one call.
 
     Args:
         device_type: of the tensors.
+        capability: of a CUDA device.
         dtype: of q, k and v.
         head_dim: D.
         has_lengths: whether the call has them.
@@ -50,8 +54,11 @@ def choose_backend(
         capturing: whether a CUDA graph is captured or a graph is compiled around the call.
         installed: whether flash-attn is.
     """
-    if device_type != "cuda":
+    if device_type in ("cpu", "meta"):
         return Backend("cpu", f"q is on device {device_type!r}")
+    if capability is None or capability < (8, 0):
+        found = f"device {device_type!r}" + (f" of capability {capability}" if capability else "")
+        return Backend("sdpa", f"kernels serve CPUs and GPUs of capability 8.0 on, q is on {found}")
     if trains and has_offsets and dtype == torch.float32 and head_dim > MAX_FP32_HEAD_DIM:
         return Backend(
             "triton_dense",
@@ -101,8 +108,9 @@ def backend_of(
     capturing = torch.compiler.is_compiling() or (
         q.is_cuda and torch.cuda.is_current_stream_capturing()
     )
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     return choose_backend(
-        device, dtype, q.shape[-1],
+        device, capability, dtype, q.shape[-1],
         has_lengths=lengths is not None, has_position=position is not None,
         has_offsets=kind not in ("dense", DenseBias, type(None)),
         trains=needs_gradient(position, q) if trains is None else trains,
@@ -110,7 +118,7 @@ def backend_of(
     )  # fmt: skip
 
 
-def flash_attn_backend(
+def flash_attn(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, dropout_p: float
 ) -> Tensor:
     """Call the package flash-attn on [B, H, T, D]; it has a gradient of its own."""
@@ -122,3 +130,29 @@ def flash_attn_backend(
         *heads, dropout_p=dropout_p, softmax_scale=scale, causal=False, window_size=sides
     )
     return out.transpose(1, 2)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bias: Tensor | None,
+    window: int | None, scale: float | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """Call PyTorch's attention on [B, H, T, D] with a bias [B, H, T, T], of broadcastable sizes.
+
+    It has a gradient of its own. Padded queries see all keys, so that no row is without one, and
+    are zeroed.
+    """
+    T, padded = q.shape[2], None
+    if lengths is not None:
+        padded = torch.arange(T, device=q.device) >= lengths[:, None]
+    if lengths is not None or window is not None:
+        allowed = attention_mask(T, lengths, window, q.device)
+        if padded is not None:
+            allowed = allowed | padded[:, None, :, None]
+        if bias is None:
+            bias = torch.zeros((), dtype=q.dtype, device=q.device)
+        bias = torch.where(allowed, bias, -torch.inf)
+    mask = None if bias is None else bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+    if padded is not None:
+        out = out.masked_fill(padded[:, None, :, None], 0)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

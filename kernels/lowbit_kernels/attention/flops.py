@@ -5,11 +5,13 @@ A module of its own because the counter imports Triton, which ``import lowbit_ke
 Dimension key: B batch, H heads, T frames, D head dimension.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from lowbit_kernels.attention import gate_op as _gate_op  # noqa: F401  (defines the op)
 from lowbit_kernels.attention import int8_op as _int8_op  # noqa: F401  (defines the op)
 from lowbit_kernels.attention import low_bit_op as _low_bit_op  # noqa: F401  (defines the ops)
 from lowbit_kernels.attention import op as _op  # noqa: F401  (defines the ops)
@@ -44,3 +46,9 @@ _register(_ops.flash_attention_backward, 5, 3)
 _register(_ops.low_bit_attention, 2, 1)
 _register(_ops.low_bit_attention_backward, 5, 3)
 _register(_ops.int8_scores_attention, 2, 1)
+
+
+@register_flop_formula(_ops.position_gate)
+def _gate_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    """2 a feature of x and row of the weight."""
+    return int(2 * math.prod(x_shape) * weight_shape[0])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit_kernels.attention.checks import check_heads, check_options, check_position
-from lowbit_kernels.attention.config import MAX_FP32_HEAD_DIM, clips_offsets
-from lowbit_kernels.attention.dispatch import backend_of, flash_attn_backend, needs_gradient
+from lowbit_kernels.attention.config import clips_offsets
+from lowbit_kernels.attention.dispatch import backend_of, flash_attn, needs_gradient, sdpa
 from lowbit_kernels.attention.packed_cpu import (
     attend_packed,
     differentiate_packed,
@@ -373,19 +373,19 @@ def attend(
     if trains and out_scale is not None:
         raise ValueError("out_scale: an int8 result has no gradient, which an input needs here")
     if backend.name == "flash_attn" and out_scale is None:
-        return flash_attn_backend(q, k, v, window, scale, dropout_p)
-    compact = not trains and clips_offsets(q.shape[-1], q.dtype)
+        return flash_attn(q, k, v, window, scale, dropout_p)
+    is_dense = backend.name in ("sdpa", "triton_dense")
+    if is_dense and longest is not None:
+        raise NotImplementedError(f"no kernel serves such packed utterances: {backend.reason}")
+    compact = not trains and not is_dense and clips_offsets(q.shape[-1], q.dtype)
     scheme = resolve(q, position, reach, compact=compact)
-    if trains and scheme is not None:
+    if scheme is not None and (trains or is_dense):
         q, scheme = scheme.with_rows(q)
-        if backend.name == "triton_dense" and longest is not None:
-            raise NotImplementedError(
-                "gradients of packed utterances with a position of offsets serve 16 bits, and fp32 "
-                f"up to D = {MAX_FP32_HEAD_DIM}; got {q.dtype} with D = {q.shape[-1]}"
-            )
-        if backend.name == "triton_dense":
-            T, D = q.shape[2:]
-            scheme = Scheme("dense", scheme.scores(T, D**-0.5 if scale is None else scale))
+    if scheme is not None and is_dense:
+        scheme = Scheme("dense", scheme.scores(q.shape[2], scale or q.shape[-1] ** -0.5))
+    if backend.name == "sdpa" and out_scale is None:
+        bias = None if scheme is None else scheme.table
+        return sdpa(q, k, v, lengths, bias, window, scale, dropout_p)
     seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     out: Tensor
     of_scheme = (None,) * 3 if scheme is None else (scheme.kind, scheme.table, scheme.rows)

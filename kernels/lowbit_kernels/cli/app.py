@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lowbit_kernels.cli.errors import CommandError, first_line
 from lowbit_kernels.cli.output import note, show
+from lowbit_kernels.cli.train_app import train
 
 app = typer.Typer(
     name="lowbit",
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+app.add_typer(train, rich_help_panel="Models")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Device = Annotated[
@@ -143,6 +145,58 @@ def compare(
     if fail_above is not None and found.worst > fail_above:
         note(f"disagreement {found.worst:.4f} is above {fail_above:g}", style="red")
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Models")
+def errors(
+    model: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model.")],
+    audio: Audio,
+    preset: Annotated[str, typer.Option(help="small: float inputs. fast: int8 inputs.")] = "fast",
+    bits: Annotated[int, typer.Option(help="Bits a weight: 1, 2, 4 or 8.")] = 4,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it as .png, .svg or .pdf.", show_default=False)
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Follow quantization errors through a model: one kind of layer at a time, block by block."""
+    from lowbit_kernels.cli.propagation import follow_errors, view_errors
+    from lowbit_kernels.cli.quantize import make_config
+
+    config = make_config(preset, bits, "auto", None)
+    found, files = follow_errors(model, audio, config, plot, device)
+    show(found.to_dict() | {"files": files}, view_errors(found), as_json=json)
+
+
+@app.command(rich_help_panel="Models")
+def cost(
+    config: Annotated[
+        str, typer.Argument(metavar="PRESET_OR_CONFIG", help="A preset, or a config as JSON.")
+    ],
+    bits: Annotated[
+        int | None, typer.Option(help="Bits a weight. Without: as the config says.")
+    ] = None,
+    inputs: Annotated[
+        int | None, typer.Option(help="Bits of inputs; 16: float. Without: as --bits, sqwq: 8.")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="sqwq or bit-l: linear layers. bit-la: attention's products, too.")
+    ] = "bit-l",
+    convolutions: Annotated[
+        bool, typer.Option("--convolutions", help="Quantize convolutions, too.")
+    ] = False,
+    final_dim: Annotated[int, typer.Option(help="Of a projection for pre-training.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Of audio.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """Count storage, operations and estimated runtime of a speech encoder, layer by layer."""
+    from lowbit_kernels.cli.cost import find_cost, view_cost
+
+    found = find_cost(
+        config, seconds, bits=bits, inputs=inputs, scope=scope, convolutions=convolutions,
+        final_dim=final_dim,
+    )  # fmt: skip
+    show(found, view_cost(found), as_json=json)
 
 
 @app.command(rich_help_panel="Audio")

@@ -3,6 +3,7 @@
 Apart from the ops because PyTorch's flop counter imports Triton.
 """
 
+import json
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # the formulas need the ops to exist
 from lowbit_kernels.conv1d import depthwise_op as depthwise_op
+from lowbit_kernels.conv1d import front_end as front_end
 from lowbit_kernels.conv1d import op as op
 from lowbit_kernels.conv1d import training_op as training_op
 
@@ -57,3 +59,14 @@ def _depthwise_flops(
 ) -> int:
     """2 a tap and output value."""
     return int(2 * math.prod(out_shape[0]) * weight_shape[0])
+
+
+@register_flop_formula(torch.ops.lowbit.front_end)
+def _front_end_flops(x_shape: Any, _lengths: Any, _tensors: Any, layout: str, **__: Any) -> int:
+    """2 a weight and output frame of every layer."""
+    (B, frames), channels, flops = x_shape, 1, 0
+    for layer in json.loads(layout):
+        frames = (frames - layer["taps"]) // layer["stride"] + 1
+        flops += 2 * B * frames * layer["N"] * layer["taps"] * channels
+        channels = layer["N"]
+    return flops

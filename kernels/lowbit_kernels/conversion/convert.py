@@ -66,8 +66,8 @@ def quantize(
         ValueError: for a wrong argument, a weight that is not finite, a model that is itself the
             layer or whose layers lie on several devices, or a static scale without calibration; the
             model is unchanged.
-        NotImplementedError: for input kinds that this version does not compute with, or a config
-            with ``attention_matmuls``.
+        NotImplementedError: for what has learned scales, which ``prepare_qat`` serves: inputs below
+            8 bits and ``attention_matmuls``.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, got a {type(model).__name__}")
@@ -237,7 +237,8 @@ def _report(decision: Decision, layer: QLinear | QConv1d | None) -> LayerReport:
     if coarse and layer.spec.group:
         first = ", ".join(map(str, coarse[:4])) + (", ..." if len(coarse) > 4 else "")
         notes.append(f"coarse rows (one huge group each): {first}")
-    copy, note = wanted.numel() if layer.spec.inputs == "int8" else 0, "; ".join(notes)
+    is_int8 = layer.spec.inputs == "int8" or layer.spec.has_low_inputs
+    copy, note = wanted.numel() if is_int8 else 0, "; ".join(notes)
     return LayerReport(
         name, kind, str(layer.spec), reason, before, _bytes(layer), copy, round(whole, 2), note
     )

@@ -7,15 +7,17 @@ from torch import nn
 
 from lowbit_kernels.conversion.registry import EXPOSERS
 from lowbit_kernels.conversion.replace import replace_modules
-from lowbit_kernels.modules import QATModule, QuantizedModule
+from lowbit_kernels.modules import LowBitMatmuls, QATModule, QuantizedModule
+
+_KEPT = (LowBitMatmuls, QATModule, QuantizedModule)
 
 
 @contextmanager
 def exposed(model: nn.Module, only: Collection[str] | None = None) -> Iterator[None]:
     """Let the registered exposers stand in for the modules they match, in place.
 
-    Whatever holds neither a quantized layer nor a training twin at the end, as after a dry run or
-    an error, is put back.
+    Whatever holds neither a quantized layer, nor a training twin, nor low-bit products of attention
+    at the end, as after a dry run or an error, is put back.
 
     Args:
         model: any module.
@@ -34,7 +36,7 @@ def exposed(model: nn.Module, only: Collection[str] | None = None) -> Iterator[N
         yield
     finally:
         for module, stand_in, exposer in replaced:
-            if any(isinstance(part, QuantizedModule | QATModule) for part in stand_in.modules()):
+            if any(isinstance(part, _KEPT) for part in stand_in.modules()):
                 continue
             if stand_in is module:
                 exposer.restore(module)

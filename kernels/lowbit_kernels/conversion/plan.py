@@ -11,6 +11,7 @@ from lowbit_kernels.conversion.replace import names_of
 from lowbit_kernels.formats import QuantConfig, QuantSpec
 from lowbit_kernels.formats.config import DEFAULT_SKIP
 from lowbit_kernels.modules import QuantizedModule, check_spec
+from lowbit_kernels.modules.base import OP_INPUTS
 from lowbit_kernels.modules.conv1d import CONV1D_INPUTS
 
 # their children are read by weight, not called
@@ -45,17 +46,19 @@ def is_plain(module: nn.Module) -> bool:
     return kind in (nn.Linear, nn.Conv1d)
 
 
-def make_plan(model: nn.Module, config: QuantConfig) -> list[Decision]:
+def make_plan(
+    model: nn.Module, config: QuantConfig, served: tuple[str | None, ...] = OP_INPUTS
+) -> list[Decision]:
     """One decision for every linear layer and convolution, in the model's order.
 
     Layers of other kinds that hold a matrix are listed as left alone.
 
     Raises:
-        NotImplementedError: for input kinds that this version does not compute with.
+        NotImplementedError: for input kinds other than ``served``.
     """
     for spec in (config.default, *config.overrides.values()):
         if spec is not None:
-            check_spec("config", spec)
+            check_spec("config", spec, served)
     readers = {
         id(child)
         for module in model.modules()

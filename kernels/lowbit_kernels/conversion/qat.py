@@ -13,6 +13,7 @@ from lowbit_kernels.conversion.plan import Decision, make_plan, unmatched_patter
 from lowbit_kernels.conversion.registry import finish
 from lowbit_kernels.conversion.replace import names_of, replace_modules
 from lowbit_kernels.conversion.report import QuantizationReport
+from lowbit_kernels.fake_quant.quantizer import INPUT_LEVELS
 from lowbit_kernels.formats import QuantConfig, QuantSpec
 from lowbit_kernels.modules import QATConv1d, QATLinear, QATModule, QConv1d, QLinear
 
@@ -28,6 +29,11 @@ def prepare_qat(
     The twins share the parameters of the layers and add learned scales: make the optimizer
     afterwards. Then train, and call ``convert``. With ``config.attention_matmuls`` the products of
     attention are in low bits, too (``LowBitMatmuls``), with learned scales, and stay so.
+
+    Weights and inputs of one bit are BiT's (arXiv 2205.13016): ``QuantSpec(1, "tensor",
+    inputs="int1", input_scale="static")`` with ``"elastic"``; ``inputs="uint1"`` behind a ReLU.
+    BiT-L (arXiv 2301.00652) leaves convolutions in float by an override, BiT-LA adds
+    ``attention_matmuls="int1"``.
 
     Args:
         model: any module.
@@ -46,7 +52,7 @@ def prepare_qat(
         raise ValueError(f"model must be an nn.Module, got a {type(model).__name__}")
     config = _as_config(config)
     with torch.inference_mode(False), exposed(model):
-        plan = make_plan(model, config)
+        plan = make_plan(model, config, (None, *INPUT_LEVELS))
         chosen = [decision for decision in plan if decision.spec is not None]
         _check_layers(chosen)
         if config.attention_matmuls is not None:
@@ -57,7 +63,7 @@ def prepare_qat(
                 )
         twins = {d.module: _twin(d, quantizer) for d in chosen}
         replace_modules(model, twins)
-        add_matmuls(model, config.attention_matmuls, quantizer)
+        add_matmuls(model, config, quantizer)
         if twins:
             adapt(model)
             setattr(model, _CONFIG, config)
@@ -80,7 +86,6 @@ def convert(model: nn.Module) -> QuantizationReport:
     Raises:
         ValueError: for a model without such layers, or with a learned scale of inputs that no batch
             has set; the model is unchanged.
-        NotImplementedError: for inputs of fewer than 8 bits; the model is unchanged.
     """
     names = {m: n for m, n in names_of(model).items() if isinstance(m, QATModule)}
     if not names or "" in next(iter(names.values())):

@@ -68,6 +68,14 @@ class Levels:
         return Levels(-1, 1, 2) if bits == 1 else Levels(-127 if bits == 8 else -half, half - 1)
 
 
+# of ``QuantSpec.inputs``
+INPUT_LEVELS = {"int8": Levels.of_input(8)} | {
+    f"{'' if signed else 'u'}int{bits}": Levels.of_input(bits, signed=signed)
+    for bits in (4, 2, 1)
+    for signed in (True, False)
+}
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """How a tensor x [..., K] is quantized and dequantized again, and what its gradient is.

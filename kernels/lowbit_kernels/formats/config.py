@@ -33,6 +33,8 @@ class QuantConfig:
         skip: regular expressions of modules to leave in float: heads, codebooks, adapters.
         attention_matmuls: ``"int8"``, ``"int4"``, ``"int2"`` or ``"int1"``: low-bit q, k, v and
             probabilities with learned scales, which ``prepare_qat`` serves; ``None``: float ones.
+        attention_shift: whether each feature of q, k and v has a learned shift before it is
+            rounded, as BiT's have; with ``attention_matmuls``.
         fuse: whether encoder layers run in a handful of ops, see ``quantize``.
 
     Raises:
@@ -43,6 +45,7 @@ class QuantConfig:
     overrides: Mapping[str, QuantSpec | None] = field(default_factory=dict)
     skip: tuple[str, ...] = DEFAULT_SKIP
     attention_matmuls: str | None = None
+    attention_shift: bool = False
     fuse: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +79,11 @@ class QuantConfig:
                 f"attention_matmuls must be None or one of {tuple(ATTENTION_BITS)}, "
                 f"got {self.attention_matmuls!r}"
             )
+        if self.attention_shift not in (False, self.attention_matmuls is not None):
+            raise ValueError(
+                "attention_shift must be False, or True with attention_matmuls, "
+                f"got {self.attention_shift!r}"
+            )
 
     @classmethod
     def small(cls, bits: int = 4) -> "QuantConfig":
@@ -104,6 +112,7 @@ class QuantConfig:
             "overrides": {k: v and v.to_dict() for k, v in self.overrides.items()},
             "skip": list(self.skip),
             "attention_matmuls": self.attention_matmuls,
+            "attention_shift": self.attention_shift,
             "fuse": self.fuse,
         }
 
@@ -124,5 +133,6 @@ class QuantConfig:
             overrides={k: v and QuantSpec(**v) for k, v in data.get("overrides", {}).items()},
             skip=tuple(data.get("skip", DEFAULT_SKIP)),
             attention_matmuls=data.get("attention_matmuls"),
+            attention_shift=data.get("attention_shift", False),
             fuse=data.get("fuse", False),
         )

@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 BITS = (1, 2, 4, 8)
-INPUTS = (None, "int8", "fp8", "int4", "int2", "int1")
+# of fewer than 8 bits: around zero, and from zero on
+LOW_INPUTS = ("int4", "int2", "int1", "uint4", "uint2", "uint1")
+INPUTS = (None, "int8", "fp8", *LOW_INPUTS)
 INPUT_SCALES = ("token", "utterance", "static")
 
 GroupSize = int | None | Literal["auto", "tensor"]
@@ -21,8 +23,10 @@ class QuantSpec:
             for 4 and 2 bits and ``None`` for 8 and 1. 8 bits take ``None`` or ``"tensor"``.
         symmetric: levels around zero. Asymmetric weights: 2 and 4 bits with ``inputs=None``.
         inputs: ``None`` (16-bit or float arithmetic), ``"int8"``, ``"fp8"`` (e4m3, linear layers
-            only), ``"int4"``, ``"int2"`` or ``"int1"``: how the layer's input is quantized, signed
-            and symmetric.
+            only), ``"int4"``, ``"int2"``, ``"int1"``, ``"uint4"``, ``"uint2"`` or ``"uint1"``: how
+            the layer's input is quantized. Those of fewer than 8 bits have a scale that training
+            learns (``prepare_qat``) and are multiplied as int8; "uint" is for what is not negative,
+            such as the result of a ReLU.
         input_scale: ``"token"`` (a scale a row; a convolution, whose taps cross rows, uses one an
             utterance), ``"utterance"``, or ``"static"`` (from calibration clips).
         deterministic: the layer's result for an utterance has the same bits whatever else is in
@@ -86,6 +90,11 @@ class QuantSpec:
                 "group_size must be a power of two >= 32, None (one scale a channel), 'tensor' or "
                 f"'auto', got {size!r}"
             )
+
+    @property
+    def has_low_inputs(self) -> bool:
+        """Whether inputs have fewer than 8 bits."""
+        return self.inputs in LOW_INPUTS
 
     @property
     def group(self) -> int:

@@ -26,7 +26,6 @@ from lowbit_kernels.attention.position import Scheme
 from lowbit_kernels.integrations.activations import epilogue_of
 from lowbit_kernels.integrations.chosen_attention import INT8_NAME, chosen
 from lowbit_kernels.integrations.class_swap import Swapped
-from lowbit_kernels.modules import QLinear
 from lowbit_kernels.modules.blocks import (
     Int8Rows,
     Operand,
@@ -35,6 +34,7 @@ from lowbit_kernels.modules.blocks import (
     add_linear,
     can_join,
     hidden,
+    is_fusible,
     joined,
     linear,
     normalize,
@@ -316,7 +316,7 @@ def _is_served(
     called = (*attention.inputs, *linears, *activations, *norms, *others, attention.module)
     return (
         can_join(attention.inputs)
-        and all(type(module) is QLinear for module in linears)
+        and all(is_fusible(module) for module in linears)
         and all(is_affine(norm) for norm in norms)
         and all(epilogue_of(block.activation) is not None for block in blocks)
         and not any(has_hooks(module) for module in called)

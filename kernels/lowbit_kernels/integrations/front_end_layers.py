@@ -42,7 +42,7 @@ def front_end_layers(conv_layers: nn.ModuleList) -> list[FrontEndLayer] | None:
     inputs = {
         layer.weight.spec.inputs for layer in layers if isinstance(layer.weight, QuantizedWeight)
     }
-    return layers if len(inputs) == 1 else None
+    return layers if inputs in ({None}, {"int8"}) else None
 
 
 def needs_gradient(conv_layers: nn.ModuleList, waveform: Tensor) -> bool:

@@ -46,7 +46,7 @@ class LowbitQuantizer(HfQuantizer):
         if files := kwargs.get("checkpoint_files"):
             checksum.check_files([Path(file) for file in files])
         with exposed(model):
-            add_matmuls(model, self.quantization_config.quant_config.attention_matmuls)
+            add_matmuls(model, self.quantization_config.quant_config)
             place_skeletons(model, self.quantization_config.layers)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 

@@ -3,6 +3,7 @@
 Dimension key: N output channels, K the reduction (see ``formats/packing.py``).
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -10,7 +11,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lowbit_kernels.checks import autocast
+from lowbit_kernels.fake_quant import Quantizer, fake_quantize
+from lowbit_kernels.fake_quant.quantizer import INPUT_LEVELS
 from lowbit_kernels.formats import QuantizedWeight, QuantSpec
+from lowbit_kernels.formats.spec import LOW_INPUTS
 
 _BUFFERS = ("qweight", "scale", "group_scale", "zero_point", "input_scale")
 # checked after every load and kept by .to(dtype): a bf16 scale would cost 8 bits of precision
@@ -22,11 +27,12 @@ _DATA = vars(torch._C.TensorBase)["data"]
 _GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 
 
-SERVED_INPUTS = (None, "int8", "fp8")
+# what the ops compute with
+OP_INPUTS = (None, "int8", "fp8")
 
 
 def check_spec(
-    name: str, spec: QuantSpec, served: tuple[str | None, ...] = SERVED_INPUTS
+    name: str, spec: QuantSpec, served: tuple[str | None, ...] = (*OP_INPUTS, *LOW_INPUTS)
 ) -> QuantSpec:
     """A spec that layers, by default linear ones, compute with.
 
@@ -39,8 +45,23 @@ def check_spec(
     if spec.inputs not in served:
         raise NotImplementedError(
             f"inputs must be one of {served} in this version, got {spec.inputs!r}"
+            + (": prepare_qat learns the scales of fewer bits" if spec.has_low_inputs else "")
+        )
+    if spec.has_low_inputs and spec.input_scale != "static":
+        raise NotImplementedError(
+            "input_scale must be 'static', which is learned, for inputs below 8 bits, "
+            f"got {spec.input_scale!r} with {spec.inputs!r}"
         )
     return spec
+
+
+def round_input(x: Tensor, quantizer: Quantizer, *, keeps_zeros: bool) -> Tensor:
+    """x [..., K] fake-quantized, where zeros must stay also if the levels are -1 and 1.
+
+    Padding is zero for a convolution, and so is the sign of zero in BiT.
+    """
+    y = fake_quantize(x, quantizer)
+    return torch.where(x == 0, x, y) if keeps_zeros and quantizer.levels.is_binary else y
 
 
 class DequantizedWeight(Tensor):
@@ -122,6 +143,8 @@ class QuantizedModule(nn.Module):
 
     def _set_quantized(self, weight: QuantizedWeight) -> None:
         self.spec, self.K = weight.spec, weight.K
+        is_low = self.spec.has_low_inputs
+        self._op_spec = dataclasses.replace(self.spec, inputs="int8") if is_low else self.spec
         for name in _BUFFERS:
             value = getattr(weight, name)
             if name in self._buffers:
@@ -142,6 +165,21 @@ class QuantizedModule(nn.Module):
             self.spec,
             stored["input_scale"],
         )
+
+    def _operands(self, x: Tensor, *, keeps_zeros: bool = False) -> tuple[Tensor, QuantizedWeight]:
+        """x [..., K] and the weight as the ops take them.
+
+        An input of fewer than 8 bits is rounded here: the op finds the same integers again, as int8
+        ones of the same scale. Its gradient is that of training, 0 beyond the levels.
+        """
+        weight = self.quantized_weight()
+        if weight.spec is self._op_spec:
+            return x, weight
+        if weight.input_scale is not None:  # else the op says what is missing
+            (x,) = autocast(x)
+            quantizer = Quantizer(INPUT_LEVELS[str(self.spec.inputs)], weight.input_scale, "lsq")
+            x = round_input(x, quantizer, keeps_zeros=keeps_zeros)
+        return x, dataclasses.replace(weight, spec=self._op_spec)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -122,7 +122,7 @@ def joined(owner: Any, layers: Sequence[QLinear]) -> Operand:
 
     Args:
         owner: the module that keeps the joined tensors.
-        layers: of one spec, with one K.
+        layers: such that ``can_join``.
     """
     stored = owner.__dict__.get("_joined")
     if stored is None or stored[0] != _addresses(layers):
@@ -134,13 +134,28 @@ def joined(owner: Any, layers: Sequence[QLinear]) -> Operand:
     return weights
 
 
+def is_fusible(layer: Any) -> bool:
+    """Whether a layer is a low-bit linear one whose input the ops round."""
+    return type(layer) is QLinear and not layer.spec.has_low_inputs
+
+
 def can_join(layers: Sequence[Any]) -> bool:
     """Whether layers are low-bit linear ones that one matmul can serve."""
-    if not all(type(layer) is QLinear for layer in layers):
+    if not all(is_fusible(layer) for layer in layers):
         return False
     weights = {(layer.spec, layer.K, layer.qweight.device) for layer in layers}
     biases = {layer.bias.dtype for layer in layers if layer.bias is not None}
-    return len(weights) == 1 and len(biases) <= 1
+    return len(weights) == 1 and len(biases) <= 1 and _have_one_input_scale(layers)
+
+
+def _have_one_input_scale(layers: Sequence[QLinear]) -> bool:
+    """Whether static scales are equal; training learns one a layer."""
+    scales = [layer.input_scale for layer in layers if layer.input_scale is not None]
+
+    def compare() -> bool:
+        return len({float(scale) for scale in scales}) == 1
+
+    return not scales or bool(remembered(layers[0], "_one_scale", scales, compare))
 
 
 def _addresses(layers: Sequence[QLinear]) -> list[int]:
@@ -151,9 +166,6 @@ def _addresses(layers: Sequence[QLinear]) -> list[int]:
 def _join(layers: Sequence[QLinear]) -> Operand:
     first, sizes = layers[0], [layer.out_features for layer in layers]
     tensors: dict[str, Any] = {}
-    scales = {float(s) for layer in layers if (s := layer.input_scale) is not None}
-    if len(scales) > 1:
-        raise ValueError(f"layers with one input must have one static input_scale, got {scales}")
     for name in TENSORS:
         if first._buffers[name] is not None:
             tensors[name] = torch.cat([getattr(layer, name) for layer in layers])

@@ -14,10 +14,11 @@ from lowbit_kernels.formats import (
     quantize_depthwise_weight,
     quantize_weight,
 )
+from lowbit_kernels.formats.spec import LOW_INPUTS
 from lowbit_kernels.matmul import low_bit_linear
 from lowbit_kernels.modules.base import QuantizedModule, check_spec
 
-CONV1D_INPUTS = (None, "int8")
+CONV1D_INPUTS = (None, "int8", *LOW_INPUTS)
 CONV1D_ATTRIBUTES = (
     "in_channels",
     "out_channels",
@@ -186,16 +187,16 @@ class QConv1d(QuantizedModule, nn.Conv1d):
         if x.dim() == 2:  # unbatched [C, T], as nn.Conv1d
             return self.forward(x[None], epilogue=epilogue)[0]
         if is_pointwise(self):  # a linear layer over frames: int8 inputs get a scale a frame
-            frames = x.transpose(1, 2)
-            y = low_bit_linear(frames, self.quantized_weight(), self.bias, epilogue=epilogue)
+            frames, weight = self._operands(x.transpose(1, 2))
+            y = low_bit_linear(frames, weight, self.bias, epilogue=epilogue)
             return y.transpose(1, 2)
         bias = self.bias
         if self.input_offset is not None:
             x = x - self.input_offset[:, None].to(x.dtype)
             bias = self.bias_with_offset()
             bias = None if bias is None else bias.to(x.dtype)
-        weight = self.quantized_weight()
-        return low_bit_conv1d(x, weight, bias, epilogue=epilogue, **conv_options(self))
+        frames, weight = self._operands(x.mT, keeps_zeros=True)
+        return low_bit_conv1d(frames.mT, weight, bias, epilogue=epilogue, **conv_options(self))
 
     def extra_repr(self) -> str:
         return f"{nn.Conv1d.extra_repr(self)}, {self.spec}"  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ def fuses_convolution(
     Not where a hook on one of them, which it would not call, wants to see or change a tensor.
     """
     convs, width = (pointwise1, depthwise, pointwise2), getattr(depthwise, "out_channels", 0)
-    if not all(type(conv) is QConv1d and conv.spec.inputs != "fp8" for conv in convs):
+    if not all(type(conv) is QConv1d and conv.spec.inputs in (None, "int8") for conv in convs):
         return False
     if hooks and any(
         m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (*convs, norm)

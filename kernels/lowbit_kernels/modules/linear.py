@@ -115,7 +115,8 @@ class QLinear(QuantizedModule, nn.Linear):
 
     def forward(self, x: Tensor, *, epilogue: str | None = None) -> Tensor:
         """``nn.Linear``'s call; ``epilogue`` fuses the activation that follows."""
-        return low_bit_linear(x, self.quantized_weight(), self.bias, epilogue=epilogue)
+        x, weight = self._operands(x)
+        return low_bit_linear(x, weight, self.bias, epilogue=epilogue)
 
     def extra_repr(self) -> str:
         return (

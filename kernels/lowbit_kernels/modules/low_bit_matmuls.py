@@ -29,24 +29,36 @@ class LowBitMatmuls(nn.Module):
         bits: 1, 2, 4 or 8, of all four operands.
         quantizer: ``"lsq"`` or ``"elastic"``, see ``low_bit_attention``.
         device: of the scales.
+        shifted: None, or the H * D features that get a learned shift each before q, k and v are
+            rounded (BiT's, from 0). Behind a projection with a bias it is one more bias.
     """
 
     q_step: nn.Parameter
     k_step: nn.Parameter
     v_step: nn.Parameter
     prob_step: nn.Parameter
+    shift: nn.Parameter | None  # [3, H * D], of q, k and v
 
     def __init__(
-        self, bits: int, quantizer: str = "lsq", device: torch.device | str | None = None
+        self,
+        bits: int,
+        quantizer: str = "lsq",
+        device: torch.device | str | None = None,
+        shifted: int | None = None,
     ) -> None:
         super().__init__()
         self.bits, self.quantizer, self._is_set = bits, quantizer, False
         for name in ("q_step", "k_step", "v_step", "prob_step"):
             zero = torch.zeros((), dtype=torch.float32, device=device)
             self.register_parameter(name, nn.Parameter(zero))
+        zeros = None if shifted is None else torch.zeros(3, shifted, device=device)
+        self.register_parameter("shift", None if zeros is None else nn.Parameter(zeros))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """``flash_attention``'s call, q, k and v [B, H, T, D]."""
+        if self.shift is not None:
+            shifts = self.shift.to(q.dtype).view(3, q.shape[1], 1, q.shape[3])
+            q, k, v = (x + shift for x, shift in zip((q, k, v), shifts, strict=True))
         if not self._is_set and q.numel():
             if torch.compiler.is_compiling():
                 raise RuntimeError("a first batch must set the scales before torch.compile")
@@ -77,7 +89,8 @@ class LowBitMatmuls(nn.Module):
         self.prob_step.copy_(mean * (4 / math.sqrt(high)))
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, quantizer={self.quantizer!r}"
+        shift = "" if self.shift is None else ", with shifts"
+        return f"bits={self.bits}, quantizer={self.quantizer!r}{shift}"
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

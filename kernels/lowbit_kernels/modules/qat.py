@@ -44,7 +44,10 @@ class QATLinear(QATModule, nn.Linear):
     Inputs (``spec.inputs``) of 8 bits are fake-quantized with a scale a token or utterance,
     straight through; with ``input_scale="static"`` the scale ``input_step`` is learned, by LSQ or
     BiT's elastic quantizer, from a start that the first batch sets. Below 8 bits it is always
-    learned. Train under autocast, not with 16-bit parameters, and without weight decay on steps.
+    learned, and so not served by ``"ste"``: the largest magnitude, as the highest of few levels,
+    would round nearly all to zero. BiT's second set, from zero on for what leaves a ReLU or a
+    softmax, is asked for: ``inputs="uint1"``, ``"uint2"`` or ``"uint4"``. Train under autocast, not
+    with 16-bit parameters, and without weight decay on steps.
 
     Args:
         in_features: K, any size.
@@ -117,7 +120,7 @@ class QATConv1d(QATModule, nn.Conv1d):
     Weights, quantizers and inputs are those of ``QATLinear``, but an input has one scale an
     utterance where it has not a static one (a convolution of one tap, a linear layer over frames,
     has a scale a frame as ``spec`` says). A depthwise weight has a scale a channel, or one. Padded
-    frames are expected to be zero, so that they raise no scale.
+    frames are expected to be zero, so that they raise no scale; they stay zero in one bit, too.
 
     Args:
         spec: how weight and inputs will be quantized; ``None`` means ``QuantSpec()``.
@@ -163,7 +166,8 @@ class QATConv1d(QATModule, nn.Conv1d):
             frames, weight = self._quantize_input(x.mT, kind), weight.squeeze(2)
             y = training_linear(frames, weight, self.bias, quantizer=quantizer, epilogue=epilogue)
             return y.mT
-        frames = self._quantize_input(x.mT, "static" if kind == "static" else "utterance")
+        kind = "static" if kind == "static" else "utterance"
+        frames = self._quantize_input(x.mT, kind, keeps_zeros=True)
         return training_conv1d(
             frames.mT,
             weight,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit_kernels.checks import autocast
-from lowbit_kernels.fake_quant import Levels, Quantizer, fake_quantize, initial_scale, weight_scale
-from lowbit_kernels.fake_quant.quantizer import METHODS
+from lowbit_kernels.fake_quant import Levels, Quantizer, initial_scale, weight_scale
+from lowbit_kernels.fake_quant.quantizer import INPUT_LEVELS, METHODS
 from lowbit_kernels.fake_quant.reference import (
     MIN_LEARNED_SCALE,
     as_matrices,
@@ -29,10 +29,8 @@ from lowbit_kernels.formats import (
 from lowbit_kernels.formats.packing import pack, to_codes
 from lowbit_kernels.formats.weight import MAX_GROUP_SCALE
 from lowbit_kernels.matmul.reference import input_scale_rows
-from lowbit_kernels.modules.base import QuantizedModule
+from lowbit_kernels.modules.base import QuantizedModule, check_spec, round_input
 from lowbit_kernels.modules.conv1d import folded_weight
-
-_INPUT_BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
 
 
 class QATModule(nn.Module):
@@ -91,7 +89,6 @@ class QATModule(nn.Module):
 
         Raises:
             ValueError: where the scale of the inputs is learned, and no batch has set it.
-            NotImplementedError: for inputs of fewer than 8 bits, which no packed layer computes.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it is packed as")
 
@@ -137,23 +134,25 @@ class QATModule(nn.Module):
                 center = (matrix.mean() if shared else matrix.mean(1)).float()
         return Quantizer(levels, scale, method, self.group_scale, size, center)
 
-    def _quantize_input(self, x: Tensor, kind: str) -> Tensor:
+    def _quantize_input(self, x: Tensor, kind: str, *, keeps_zeros: bool = False) -> Tensor:
         """x [..., K] fake-quantized, by a scale a ``kind`` as in ``spec.input_scale``."""
         if self.spec.inputs is None:
             return x
         (x,) = autocast(x)
-        levels = Levels.of_input(_INPUT_BITS[self.spec.inputs])
+        levels = INPUT_LEVELS[self.spec.inputs]
         if kind == "token":
-            return fake_quantize(x, Quantizer(levels))
-        if kind == "utterance":
+            quantizer = Quantizer(levels)
+        elif kind == "utterance":
             rows = input_scale_rows(x.detach(), "utterance", None)
-            return fake_quantize(x, Quantizer(levels, rows.view(x.shape[:-1])))
-        assert self.input_step is not None, "static scales are learned"
-        if not self._input_is_set and x.numel():
-            with torch.no_grad():
-                self.input_step.copy_(initial_scale(x, levels))
-            self._input_is_set = True
-        return fake_quantize(x, Quantizer(levels, self.input_step, self.quantizer))
+            quantizer = Quantizer(levels, rows.view(x.shape[:-1]))
+        else:
+            assert self.input_step is not None, "static scales are learned"
+            if not self._input_is_set and x.numel():
+                with torch.no_grad():
+                    self.input_step.copy_(initial_scale(x, levels))
+                self._input_is_set = True
+            quantizer = Quantizer(levels, self.input_step, self.quantizer)
+        return round_input(x, quantizer, keeps_zeros=keeps_zeros)
 
     @torch.no_grad()
     def _packed_weight(self) -> QuantizedWeight:
@@ -194,26 +193,15 @@ def check_qat(spec: QuantSpec, quantizer: str) -> None:
         ValueError: for a wrong spec or quantizer.
         NotImplementedError: listing what is served.
     """
-    if not isinstance(spec, QuantSpec):
-        raise ValueError(f"spec must be a QuantSpec, got {spec!r}")
+    check_spec("spec", spec, (None, *INPUT_LEVELS))
     if quantizer not in METHODS:
         raise ValueError(f"quantizer must be one of {METHODS}, got {quantizer!r}")
     if spec.input_offset:
         raise ValueError("spec.input_offset must be False for a layer that trains, got True")
     if not spec.symmetric:
         raise NotImplementedError("training serves symmetric=True, got symmetric=False")
-    if spec.inputs is None:
-        return
-    if spec.inputs not in _INPUT_BITS:
-        raise NotImplementedError(
-            f"training serves inputs None and {tuple(_INPUT_BITS)}, got {spec.inputs!r}"
-        )
-    if spec.inputs != "int8" and spec.input_scale != "static":
-        raise NotImplementedError(
-            "training serves inputs below 8 bits with input_scale='static', which is learned, "
-            f"got {spec.inputs!r} and {spec.input_scale!r}"
-        )
-    if spec.input_scale == "static" and quantizer == "ste":
+    # "ste" scales by the largest magnitude, where few levels round nearly all to zero
+    if spec.inputs is not None and spec.input_scale == "static" and quantizer == "ste":
         raise NotImplementedError(
             "input_scale='static' is learned by quantizer 'lsq' or 'elastic', got 'ste'"
         )

@@ -1,0 +1,1 @@
+"""Does mixing quantized convolution with quantized attention make errors travel?"""

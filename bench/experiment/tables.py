@@ -1,0 +1,155 @@
+"""The experiment's numbers as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.experiment.arms import WIDTHS
+from bench.experiment.cells import TRAINED
+from bench.experiment.measure import NOISE_LEVELS
+
+
+def tables(summary: Mapping[str, Any]) -> str:
+    """All tables, each under a line that says what it shows."""
+    parts = []
+    if found := summary["mixing"]:
+        rows = []
+        for name in (*(f"w{b}" for b in WIDTHS), *(f"noise{level}" for level in NOISE_LEVELS)):
+            each = found[name]
+            rows.append(
+                [
+                    name, *(_mean(each["J"][model]) for model in ("AC", "AA", "CC")),
+                    _signed(each["mean"]), ", ".join(map(_signed, each["replicates"])),
+                    _interval(each["t_interval"]), _interval(each["bootstrap_interval"]),
+                    f"{each['holm_p']:.3f}" if "holm_p" in each else "",
+                    each.get("verdict", ""),
+                ]
+            )  # fmt: skip
+        head = ["arm", "J of AC", "J of AA", "J of CC", "M", "replicates", "t interval",
+                "bootstrap interval", "p (Holm)", "by the rules"]  # fmt: skip
+        parts += [
+            f"Verdict: **{found['verdict']}** (decibels, after the last block)",
+            _table(head, rows),
+        ]
+    if models := summary["models"]:
+        rows = []
+        for name, model in models.items():
+            for bits in WIDTHS:
+                each = model[f"w{bits}"]
+                numbers = (
+                    each["nsr_db"], each["gaussian_nsr_db"], each["account_db"],
+                    each["front_end_nsr_db"],
+                )  # fmt: skip
+                rows.append(
+                    [
+                        name, f"w{bits}a8", *(f"{value:.1f}" for value in numbers),
+                        f"{each['ratio']:.2f}", f"{each['interaction']:.2f}",
+                        f"{each['disagreement']:.1%}",
+                    ]
+                )  # fmt: skip
+        head = ["model", "arm", "error, dB", "Gaussian of the same size", "account over error",
+                "front end alone", "R", "interaction", "other tokens"]  # fmt: skip
+        parts += [
+            "Error after the last block, all branches quantized, in dB; its account is the sum of "
+            "each branch's own error times its gain",
+            _table(head, rows),
+        ]
+        parts += ["Each kind of branch: own error at 4 bits, the same on the quantized model's "
+                  "inputs, and gain to the last block, dB", _kinds(models)]  # fmt: skip
+        checks = [
+            [name, *(f"{value:.3f}" for value in model["checks"].values())]
+            for name, model in models.items()
+        ]
+        head = ["model", "R of noise at 40 dB", "its interaction", "J of one noise twice, dB"]
+        parts += ["Checks of the measures", _table(head, checks)]
+    if sizes := summary["storage_mb"]:
+        rows = [[name, *(f"{mb:.3f}" for mb in each.values())] for name, each in sizes.items()]
+        bits = next(iter(sizes.values()))
+        head = ["model", *(f"{each} bits" for each in bits)]
+        parts += ["Storage in MB, by the bits of the branches' weights", _table(head, rows)]
+    if read := summary["read"]:
+        parts += ["Word error rates of digits, a speaker never heard", _words(read)]
+    return "\n\n".join(parts) + "\n"
+
+
+def real_tables(real: Mapping[str, Any]) -> str:
+    """Tables of the models with real weights, as ``summarize_real`` gives them."""
+    parts = []
+    for name, found in real.items():
+        if "J" in found:
+            rows = []
+            for arm in (*(f"w{b}" for b in WIDTHS), *(f"noise{level}" for level in NOISE_LEVELS)):
+                pairs = (found["J"][f"{arm}/J({pair})"] for pair in ("X,Y", "X,F", "Y,F"))
+                each = found["all"].get(arm, {})
+                numbers = [
+                    f"{each[key]:.2f}" for key in ("nsr_db", "gaussian_nsr_db") if key in each
+                ]
+                rows.append([arm, *map(_signed, pairs), *(numbers or ["", ""])])
+            head = ["arm", "J(A, C)", "J(A, F)", "J(F, C)", "error", "Gaussian of the same size"]
+            parts += [f"{name}: attention A, convolution C, feed-forward F; dB", _table(head, rows)]
+            parts += ["Own errors at 4 bits, on the quantized model's inputs, and gains, dB",
+                      _kinds({name: found["all"]})]  # fmt: skip
+            continue
+        rows = [
+            [arm, kind, f"{error['noise_to_signal_db'][-1]:.1f}", f"{error['end_db']:.1f}"]
+            for arm, each in found.items()
+            for kind, error in each["kinds"].items()
+        ]
+        parts += [f"{name}: error after the last block and at the end, dB",
+                  _table(["arm", "quantized", "last block", "end"], rows)]  # fmt: skip
+        ratios = [f"{arm} {each['ratio'][-1]:.2f}" for arm, each in found.items()]
+        parts.append(f"Error of all kinds over the sum of their energies: {', '.join(ratios)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _kinds(models: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            kind,
+            *(f"{part[kind]:.1f}" for part in (m["w4"]["local"], m["w4"]["fed"], m["gain"])),
+        ]
+        for name, m in models.items()
+        for kind in m["gain"]
+    ]
+    return _table(["model", "kind", "own error", "on its inputs", "gain"], rows)
+
+
+def _words(read: Mapping[str, Any]) -> str:
+    stages = [*(f"w{bits}" for bits in WIDTHS), *TRAINED]
+    rows = []
+    for name, seeds in read.items():
+        for seed, found in seeds.items():
+            cells = [found.get(stage) for stage in stages]
+            rows.append(
+                [name, seed, f"{found['float']:.1%}"]
+                + ["" if c is None else f"{c['wer']:.1%} ({_points(c)})" for c in cells]
+            )
+    head = [
+        "model",
+        "seed",
+        "float",
+        *(f"{s}a8" if s in ("w8", "w4", "w2") else f"{s}, trained" for s in stages),
+    ]
+    return _table(head, rows)
+
+
+def _points(cell: Mapping[str, Any]) -> str:
+    low, high = cell["interval"]
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

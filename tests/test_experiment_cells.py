@@ -1,0 +1,187 @@
+"""The experiment's cells: run, resumed, summarized, drawn."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from bench.experiment.__main__ import read_cells
+from bench.experiment.cells import STAGES, Cell, all_cells
+from bench.experiment.grid import run_grid
+from bench.experiment.models import CONFIGS
+from bench.experiment.plots import draw_all
+from bench.experiment.record import columns, write
+from bench.experiment.run import Plan, run_cell
+from bench.experiment.summary import errors_of, summarize
+from bench.experiment.tables import tables
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits of two speakers and read speech, of noise."""
+    root = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(0)
+    for name in ("digits", "speech"):
+        (root / name).mkdir()
+    for speaker in ("theo", "jackson"):
+        for digit in range(10):
+            for index in range(5):
+                noise = rng.normal(0, 0.1, 1500 + 50 * digit)
+                path = root / "digits" / f"{digit}_{speaker}_{index}.flac"
+                soundfile.write(path, noise, 8000)
+    soundfile.write(root / "speech" / "a.flac", rng.normal(0, 0.1, 12_000), 16_000)
+    return root
+
+
+def make_plan(folders: Path, out: Path) -> Plan:
+    return Plan(
+        folders / "digits", folders / "speech", out / "cells", out / "work",
+        float_steps=2, qat_steps=2, strings=2, speeches=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A small model through all stages, and the three of the primary endpoint measured twice."""
+    plan = make_plan(folders, tmp_path_factory.mktemp("experiment"))
+    small = {
+        name: dataclasses.replace(
+            config, hidden_size=32, position_groups=32, feed_forward_size=64, num_layers=2,
+            reduce_layer=None, recover_layer=None,
+        )
+        for name, config in CONFIGS.items()
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.experiment.models.CONFIGS", small)
+        for stage in STAGES:
+            run_cell(Cell("SW", 0, stage), plan)
+        for seed in range(2):
+            for name in ("AA", "AC", "CC"):
+                for stage in ("float", "ptq"):
+                    run_cell(Cell(name, seed, stage), plan)
+    return plan
+
+
+def read(plan: Plan, cell: Cell) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(plan.path(cell).read_text())
+    return content
+
+
+def test_cells_are_in_order_of_importance() -> None:
+    cells = list(all_cells())
+    # 3 x 3 replicates and 5 models of one, five stages each
+    assert len(cells) == len(set(cells)) == 14 * 5
+    assert {cell.model for cell in cells[:18]} == {"AA", "AC", "CC"}
+    assert {cell.stage for cell in cells[:28]} == {"float", "ptq"}
+    assert [cells[0].speaker, Cell("T", 1, "ptq").speaker] == ["theo", "jackson"]
+    for place, cell in enumerate(cells):
+        assert cell.needs is None or cell.needs in cells[:place]
+    assert len(list(all_cells(10))) == 8 * 10 * 5
+
+
+def test_a_measured_cell_holds_everything(done: Plan) -> None:
+    content = read(done, Cell("AC", 1, "ptq"))
+    assert content["cell"] == {"model": "AC", "seed": 1, "stage": "ptq", "speaker": "jackson"}
+    assert content["commit"]
+    assert len(content["digits"]) == 3
+    assert content["digits"][2] is None
+    for values in content["utterances"].values():
+        assert len(values) == 3
+    # gains of every third utterance
+    assert [value is None for value in content["utterances"]["w4/account"]] == [False, True, True]
+    assert len(content["sources"]["gain"]) == len(content["kinds"]) == 8
+    assert len(content["blocks"]["w4/all/nsr"]) == len(content["blocks_of"]) == 2
+
+
+def test_a_trained_cell_packs_what_it_trained(done: Plan) -> None:
+    for stage in ("w4a8", "w2a8", "w1a1"):
+        content = read(done, Cell("SW", 0, stage))
+        assert set(content["read"]) == {"float", "before convert", stage}
+        assert len(content["blocks_nsr_db"]) == 2
+        assert len(content["losses"]) == 1
+    errors = [read(done, Cell("SW", 0, s))["blocks_nsr_db"][-1] for s in ("w4a8", "w2a8", "w1a1")]
+    assert errors == sorted(errors)
+
+
+def test_what_is_done_is_not_done_again(done: Plan) -> None:
+    path = done.path(Cell("SW", 0, "float"))
+    before = path.stat().st_mtime_ns
+    run_cell(Cell("SW", 0, "float"), done)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_cell_says_what_it_needs(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"DN-0-ptq needs .*DN-0.safetensors, which DN-0-float"):
+        run_cell(Cell("DN", 0, "ptq"), make_plan(folders, tmp_path))
+
+
+def test_grid_runs_what_is_ready_and_reports_what_failed(folders: Path, tmp_path: Path) -> None:
+    plan, said = make_plan(folders, tmp_path), []
+    cells = [Cell("SW", 0, "float"), Cell("none", 0, "float"), Cell("none", 0, "ptq")]
+    left = run_grid(cells, plan, 1, 5.0, lambda cell, found: said.append((cell, found)))
+    assert left == cells[1:]
+    assert plan.path(cells[0]).exists()
+    assert isinstance(dict(said)[cells[1]], ValueError)
+    # nothing is begun when the time is over
+    late = [Cell("SW", 1, "float")]
+    assert run_grid(late, plan, 1, 0.0, lambda cell, found: None) == late
+
+
+def test_summary_tables_and_pictures(done: Plan, tmp_path: Path) -> None:
+    cells = read_cells(done.out)
+    assert len(cells) == 5 + 12
+    summary = summarize(cells)
+    assert summary["replicates"] == {"primary": [0, 1], "any": [0, 1]}
+    each = summary["mixing"]["w4"]
+    # computed again, from the definition
+    wanted = []
+    for seed in range(2):
+        ac, aa, cc = (
+            np.array(read(done, Cell(m, seed, "ptq"))["utterances"]["w4/J(X,Y)"])
+            for m in ("AC", "AA", "CC")
+        )
+        wanted.append(float((ac - (aa + cc) / 2).mean()))
+    assert each["replicates"] == pytest.approx(wanted)
+    assert summary["mixing"]["verdict"] in (
+        "for",
+        "against",
+        "undecided",
+        "conv fragile, not mixing",
+    )
+    assert summary["models"]["SW"]["checks"]["same_noise_twice_db"] == pytest.approx(3.01, abs=0.05)
+    write(tmp_path / "summary.json", summary)
+    paths = draw_all(summary, cells, tmp_path)
+    assert [path.name for path in paths] == [
+        "mixing.png", "blocks.png", "branches.png", "word_errors.png",
+    ]  # fmt: skip
+    assert all(path.stat().st_size > 10_000 for path in paths)
+    text = tables(summary)
+    assert f"Verdict: **{summary['mixing']['verdict']}**" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(row.count("|") > 4 for row in rows)
+    # the descriptive models alone have no verdict
+    some = {cell: content for cell, content in cells.items() if cell.model == "SW"}
+    assert summarize(some)["mixing"] == {}
+    assert "Verdict" not in tables(summarize(some))
+
+
+def test_errors_are_of_strings_with_digits() -> None:
+    errors, words = errors_of([[1, 2, 3], None, [4]], [[1, 3], [9], [4, 4]])
+    assert errors.tolist() == [1, 1]
+    assert words.tolist() == [3, 1]
+
+
+def test_columns_keep_numbers_that_json_has() -> None:
+    rows = [
+        {"digits": (1,), "a": 1.23456789, "blocks/b": [1.0, float("-inf")], "read/x": (1, 2)},
+        {"digits": None, "a": float("inf"), "blocks/b": [3.0, float("-inf")], "read/x": ()},
+    ]
+    found = columns(rows)
+    assert found["utterances"] == {"a": [1.23457, None]}
+    assert found["blocks"] == {"b": [2.0, None]}
+    assert found["read"] == {"x": [[1, 2], []]}
+    json.dumps(found, allow_nan=False)
