@@ -44,7 +44,7 @@ def alone(tmp_path_factory):
 
 
 def assert_same_curve(losses, wanted):
-    a, b = (torch.tensor(x, dtype=torch.float32) for x in (losses, wanted))
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in (losses, wanted))
     torch.testing.assert_close(a, b, equal_nan=True)
     # that of the batch that is not finite
     assert a.isnan().tolist() == [False, False, True, False]
