@@ -71,7 +71,8 @@ def run(case, engine, folder, batches=Noise, **options):
         objective = Distillation(copy.deepcopy(model))
         spec = QuantSpec(4, inputs="int4", input_scale="static")
         prepare_qat(model, QuantConfig(spec, attention_matmuls="int8"))
-    return train(model.double(), objective, batches(), RECIPE, folder, engine=engine, **options).losses
+    model.double()
+    return train(model, objective, batches(), RECIPE, folder, engine=engine, **options).losses
 
 
 def main(out: Path, engines: list[str]) -> None:
