@@ -22,8 +22,8 @@ BLANK = 10
 _COMMON: dict[str, Any] = {
     "front_end": "fbank", "conv_dims": (128,), "conv_kernels": (3,), "conv_strides": (2,),
     "conv_norm": "layer", "hidden_size": 128, "num_heads": 4, "position_kernel": 31,
-    "depthwise_kernel": 31, "window_frames": 16, "norm_first": True, "dropout": 0.1,
-    "attention_dropout": 0.1,
+    "depthwise_kernel": 31, "window_frames": 16, "norm_first": True, "dropout": 0.05,
+    "attention_dropout": 0.05,
 }  # fmt: skip
 
 
@@ -58,6 +58,8 @@ SLOTS = {
     "AA": {"X": ("self_attn",), "Y": ("second_attn",), "F": ("ffn1", "ffn2")},
     "CC": {"X": ("first_conv_module",), "Y": ("conv_module",), "F": ("ffn1", "ffn2")},
 }
+# the last layers of residual branches
+_OUTPUTS = ("out_proj", "linear_out", "output_dense", "pointwise_conv2")
 
 
 class TwoAttentionLayer(ConformerLayer):
@@ -138,6 +140,8 @@ class DigitReader(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
+        # without it the models of much attention do not begin to read within 800 steps
+        _shrink([m for name, m in self.named_modules() if name.endswith(_OUTPUTS)])
 
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None = None
@@ -145,6 +149,13 @@ class DigitReader(nn.Module):
         """Waveforms [B, S] and valid samples [B] to logits [B, T, V] and valid frames [B]."""
         frames, frame_lengths = self.speech(waveforms, lengths)
         return self.classifier(frames), frame_lengths
+
+
+@torch.no_grad()
+def _shrink(outputs: list[Any]) -> None:
+    """Divide what branches add at first by the root of their number (GPT-2, section 2.3)."""
+    for layer in outputs:
+        layer.weight /= len(outputs) ** 0.5
 
 
 def greedy(logits: Tensor) -> tuple[int, ...]:
