@@ -92,6 +92,8 @@ def clips(speakers: tuple[str, ...] = ("ann", "bob"), per_digit: int = 5) -> lis
 def test_training_batches_are_a_function_of_seed_and_step() -> None:
     batches = DigitBatches(clips(), seed=3)
     assert (batches[7].counts == 1).all()
+    assert batches[7].waveforms.shape == (16, 17600)
+    assert DigitBatches(clips(), seed=3, curriculum=False)[7].counts.max() > 4
     batch, again = batches[400], DigitBatches(clips(), seed=3)[400]
     assert batch.waveforms.shape == (16, 35200)
     assert batch.waveforms.dtype == torch.float32
@@ -117,6 +119,19 @@ def test_every_clip_is_in_one_test_string() -> None:
         assert 3200 + 800 * between - between <= silence + 2 <= 9600 + 6400 * between + 2
     with pytest.raises(ValueError, match=r"one speaker, a multiple of 25, got 100 of \['ann'"):
         test_strings(clips())
+
+
+def test_branches_begin_small() -> None:
+    torch.manual_seed(0)
+    model = DigitReader("T")
+    outputs = [
+        m for name, m in model.named_modules() if name.endswith(("out_proj", "output_dense"))
+    ]
+    assert len(outputs) == 16
+    for layer in outputs:
+        # Xavier's deviation, over the root of 16
+        expected = (2 / sum(layer.weight.shape)) ** 0.5 / 4
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
 
 
 def test_groups_are_disjoint_slots() -> None:

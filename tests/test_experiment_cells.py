@@ -10,12 +10,13 @@ import pytest
 import soundfile
 
 from bench.experiment.__main__ import read_cells
-from bench.experiment.cells import STAGES, Cell, all_cells
+from bench.experiment.cells import PRETRAINED, STAGES, TUNED, Cell, all_cells
 from bench.experiment.grid import run_grid
 from bench.experiment.models import CONFIGS
+from bench.experiment.plan import Plan
 from bench.experiment.plots import draw_all
 from bench.experiment.record import columns, write
-from bench.experiment.run import Plan, run_cell
+from bench.experiment.run import run_cell
 from bench.experiment.summary import errors_of, summarize
 from bench.experiment.tables import tables
 
@@ -33,7 +34,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 noise = rng.normal(0, 0.1, 1500 + 50 * digit)
                 path = root / "digits" / f"{digit}_{speaker}_{index}.flac"
                 soundfile.write(path, noise, 8000)
-    soundfile.write(root / "speech" / "a.flac", rng.normal(0, 0.1, 12_000), 16_000)
+    for name in "ab":
+        soundfile.write(root / "speech" / f"{name}.flac", rng.normal(0, 0.1, 12_000), 16_000)
     return root
 
 
@@ -57,7 +59,7 @@ def done(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.experiment.models.CONFIGS", small)
-        for stage in STAGES:
+        for stage in (*STAGES, PRETRAINED, *TUNED):
             run_cell(Cell("SW", 0, stage), plan)
         for seed in range(2):
             for name in ("AA", "AC", "CC"):
@@ -73,14 +75,14 @@ def read(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 def test_cells_are_in_order_of_importance() -> None:
     cells = list(all_cells())
-    # 3 x 3 replicates and 5 models of one, five stages each
-    assert len(cells) == len(set(cells)) == 14 * 5
+    # 3 x 3 replicates and 5 models of one, five stages each; five of pre-training, three times
+    assert len(cells) == len(set(cells)) == 14 * 5 + 15
     assert {cell.model for cell in cells[:18]} == {"AA", "AC", "CC"}
     assert {cell.stage for cell in cells[:28]} == {"float", "ptq"}
     assert [cells[0].speaker, Cell("T", 1, "ptq").speaker] == ["theo", "jackson"]
     for place, cell in enumerate(cells):
         assert cell.needs is None or cell.needs in cells[:place]
-    assert len(list(all_cells(10))) == 8 * 10 * 5
+    assert len(list(all_cells(10))) == 8 * 10 * 5 + 50
 
 
 def test_a_measured_cell_holds_everything(done: Plan) -> None:
@@ -107,6 +109,19 @@ def test_a_trained_cell_packs_what_it_trained(done: Plan) -> None:
     assert errors == sorted(errors)
 
 
+def test_tuning_begins_with_what_was_pretrained(done: Plan) -> None:
+    found = read(done, Cell("SW", 0, PRETRAINED))
+    assert 0 <= found["accuracy"] <= 1
+    assert 0 < found["majority"] < 1
+    assert found["masked_frames"] > 0
+    for stage in TUNED:
+        content = read(done, Cell("SW", 0, stage))
+        assert set(content["read"]) == {stage}
+        assert len(content["read"][stage]) == len(content["digits"]) == 2
+    scratch, tuned = (read(done, Cell("SW", 0, s))["losses"] for s in ("scratch", "tuned"))
+    assert scratch != tuned
+
+
 def test_what_is_done_is_not_done_again(done: Plan) -> None:
     path = done.path(Cell("SW", 0, "float"))
     before = path.stat().st_mtime_ns
@@ -115,7 +130,9 @@ def test_what_is_done_is_not_done_again(done: Plan) -> None:
 
 
 def test_a_cell_says_what_it_needs(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"DN-0-ptq needs .*DN-0.safetensors, which DN-0-float"):
+    with pytest.raises(
+        ValueError, match=r"DN-0-ptq needs .*DN-0-float.safetensors, which DN-0-float"
+    ):
         run_cell(Cell("DN", 0, "ptq"), make_plan(folders, tmp_path))
 
 
@@ -133,7 +150,7 @@ def test_grid_runs_what_is_ready_and_reports_what_failed(folders: Path, tmp_path
 
 def test_summary_tables_and_pictures(done: Plan, tmp_path: Path) -> None:
     cells = read_cells(done.out)
-    assert len(cells) == 5 + 12
+    assert len(cells) == 5 + 5 + 12
     summary = summarize(cells)
     assert summary["replicates"] == {"primary": [0, 1], "any": [0, 1]}
     each = summary["mixing"]["w4"]
@@ -167,6 +184,25 @@ def test_summary_tables_and_pictures(done: Plan, tmp_path: Path) -> None:
     some = {cell: content for cell, content in cells.items() if cell.model == "SW"}
     assert summarize(some)["mixing"] == {}
     assert "Verdict" not in tables(summarize(some))
+
+
+def test_what_pretraining_is_worth_is_reported(done: Plan) -> None:
+    found = summarize(read_cells(done.out))["pretraining"]["SW"]
+    pretrained = read(done, Cell("SW", 0, PRETRAINED))
+    assert found["accuracy"] == {"0": pretrained["accuracy"]}
+    assert found["majority"] == {"0": pretrained["majority"]}
+    rates = {}
+    for stage in TUNED:
+        content = read(done, Cell("SW", 0, stage))
+        errors, words = errors_of(content["digits"], content["read"][stage])
+        rates[stage] = float(errors.sum() / words.sum())
+        assert found["wer"][stage] == {"0": rates[stage]}
+    for bits in ("", "-w4a8"):
+        change, low, high = found["change"][f"tuned{bits}"]["0"]
+        assert change == pytest.approx(rates[f"tuned{bits}"] - rates[f"scratch{bits}"])
+        assert low <= change <= high
+    text = tables(summarize(read_cells(done.out)))
+    assert f"{pretrained['accuracy']:.1%}" in text
 
 
 def test_errors_are_of_strings_with_digits() -> None:

@@ -14,8 +14,8 @@ from rich.status import Status
 from bench.experiment.cells import FEW_SEEDS, Cell, all_cells
 from bench.experiment.data import read_speech
 from bench.experiment.grid import run_grid
+from bench.experiment.plan import Plan
 from bench.experiment.record import write
-from bench.experiment.run import Plan
 from bench.record import environment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)

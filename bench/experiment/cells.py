@@ -11,6 +11,9 @@ SPEAKERS = ("theo", "jackson", "nicolas", "george", "lucas")
 TRAINED = {"w4a8": (4, 8), "w2a8": (2, 8), "w1a1": (1, 1)}
 # each needs the one called "float" of its model and seed
 STAGES = ("float", "ptq", *TRAINED)
+# of what pre-training is worth: it comes first, and what is tuned from it needs it
+PRETRAINED, TUNED = "pretrained", ("scratch", "tuned", "scratch-w4a8", "tuned-w4a8")
+PRETRAINED_MODEL = "T"
 # of the models without slots, unless there are more seeds than these
 FEW_SEEDS = 3
 
@@ -22,7 +25,7 @@ class Cell:
     Args:
         model: its name.
         seed: of the replicate: batches, initial weights, noise.
-        stage: of ``STAGES``.
+        stage: of ``STAGES``, ``PRETRAINED`` or of ``TUNED``.
     """
 
     model: str
@@ -42,11 +45,13 @@ class Cell:
     @property
     def needs(self) -> "Cell | None":
         """What must be done before."""
-        return None if self.stage == "float" else Cell(self.model, self.seed, "float")
+        if self.stage in ("float", PRETRAINED) or self.stage.startswith("scratch"):
+            return None
+        return Cell(self.model, self.seed, PRETRAINED if self.stage in TUNED else "float")
 
 
 def all_cells(seeds: int = FEW_SEEDS) -> Iterator[Cell]:
-    """Every cell, those of the primary endpoint first.
+    """Every cell, those of the primary endpoint first, those of pre-training last.
 
     Args:
         seeds: replicates of AA, AC and CC; the other models have one, or all if there are more
@@ -58,3 +63,5 @@ def all_cells(seeds: int = FEW_SEEDS) -> Iterator[Cell]:
                 for model in CONFIGS:
                     if (model in SLOTS) == slotted:
                         yield from (Cell(model, seed, stage) for stage in stages)
+    for seed in range(seeds):
+        yield from (Cell(PRETRAINED_MODEL, seed, stage) for stage in (PRETRAINED, *TUNED))

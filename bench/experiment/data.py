@@ -22,8 +22,9 @@ LENGTHS = (3, 4, 5, 6, 7)
 READ_SECONDS = 4.0
 _MIN_GAP = 0.02
 _MAX_DIGITS = 7
-# strings are short at first: that is where CTC finds its alignment
-_FIRST_DIGITS, _STEPS_A_DIGIT = 1, 50
+# single digits come first, in less silence: that is where CTC finds its alignment, and attention
+# alone is slow at it
+_SINGLE_STEPS, _SINGLE_SECONDS, _STEPS_A_DIGIT = 300, 1.1, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,21 @@ class DigitBatches(Dataset[DigitBatch]):
     Args:
         clips: those of the speakers to learn from.
         seed: of the replicate.
+        curriculum: whether strings are short at first.
     """
 
-    def __init__(self, clips: Sequence[Clip], seed: int) -> None:
+    def __init__(self, clips: Sequence[Clip], seed: int, curriculum: bool = True) -> None:
         speakers = sorted({clip.speaker for clip in clips})
         self.clips = [[clip for clip in clips if clip.speaker == name] for name in speakers]
-        self.seed = seed
+        self.seed, self.curriculum = seed, curriculum
 
     def __getitem__(self, step: int) -> DigitBatch:
         rng = np.random.default_rng([self.seed, step])
-        most = min(_MAX_DIGITS, _FIRST_DIGITS + step // _STEPS_A_DIGIT)
-        strings = [self._string(rng, most) for _ in range(BATCH)]
+        most, seconds = _MAX_DIGITS, SECONDS
+        if self.curriculum:
+            most = min(_MAX_DIGITS, max(1, 2 + (step - _SINGLE_STEPS) // _STEPS_A_DIGIT))
+            seconds = _SINGLE_SECONDS if most == 1 else SECONDS
+        strings = [self._string(rng, most, seconds) for _ in range(BATCH)]
         labels = [torch.tensor(digits) for _, digits in strings]
         return DigitBatch(
             torch.from_numpy(np.stack([level(audio) for audio, _ in strings])),
@@ -63,14 +68,16 @@ class DigitBatches(Dataset[DigitBatch]):
             torch.tensor([len(row) for row in labels]),
         )
 
-    def _string(self, rng: np.random.Generator, most: int) -> tuple[Audio, list[int]]:
+    def _string(
+        self, rng: np.random.Generator, most: int, seconds: float
+    ) -> tuple[Audio, list[int]]:
         """As many digits of one speaker as fit into the seconds, in one voice."""
         own = self.clips[rng.integers(len(self.clips))]
         # a vocal tract 0.8 to 1.25 times as short, and slight unsteadiness
         voice = np.exp(rng.uniform(np.log(0.8), np.log(1.25)))
         wanted, free = (
             int(rng.integers(1, most + 1)),
-            int((SECONDS - _MIN_GAP) * SAMPLE_RATE),
+            int((seconds - _MIN_GAP) * SAMPLE_RATE),
         )
         digits: list[int] = []
         audios: list[Audio] = []

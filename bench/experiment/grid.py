@@ -8,7 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 import torch
 
 from bench.experiment.cells import Cell
-from bench.experiment.run import Plan, run_cell
+from bench.experiment.plan import Plan
+from bench.experiment.run import run_cell
 
 
 def run_grid(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.experiment.arms import ALL, WIDTHS
-from bench.experiment.cells import TRAINED, Cell
+from bench.experiment.cells import PRETRAINED, STAGES, TRAINED, TUNED, Cell
 from bench.experiment.measure import NOISE_LEVELS, QUIET
 from bench.experiment.models import CONFIGS
 from bench.experiment.statistics import (
@@ -57,6 +57,7 @@ def summarize(cells: Mapping[Cell, Content]) -> dict[str, Any]:
             if cell.stage == "float"
         },
         "read": _read(cells),
+        "pretraining": _pretraining(cells),
     }
 
 
@@ -194,7 +195,7 @@ def _read(cells: Mapping[Cell, Content]) -> dict[str, Any]:
     """Word error rates: each seed's, and the change that quantization makes, paired by string."""
     found: dict[str, Any] = {}
     for cell, content in cells.items():
-        if cell.stage == "float":
+        if cell.stage not in STAGES[1:]:
             continue
         base = errors_of(content["digits"], content["read"]["float"])
         arms = (
@@ -211,6 +212,29 @@ def _read(cells: Mapping[Cell, Content]) -> dict[str, Any]:
                 "wer": float(errors.sum() / words.sum()), "change": change, "interval": (low, high),
                 "trained": cell.stage in TRAINED,
             }  # fmt: skip
+    return found
+
+
+def _pretraining(cells: Mapping[Cell, Content]) -> dict[str, Any]:
+    """Of each seed: accuracy and majority, word error rates, and what pre-training changes."""
+    found: dict[str, Any] = {}
+    for cell, content in cells.items():
+        if cell.stage == PRETRAINED:
+            model = found.setdefault(cell.model, {})
+            for key in ("accuracy", "majority"):
+                model.setdefault(key, {})[str(cell.seed)] = content[key]
+        if cell.stage not in TUNED:
+            continue
+        model = found.setdefault(cell.model, {})
+        errors, words = errors_of(content["digits"], content["read"][cell.stage])
+        rates = model.setdefault("wer", {}).setdefault(cell.stage, {})
+        rates[str(cell.seed)] = float(errors.sum() / words.sum())
+        scratch = Cell(cell.model, cell.seed, cell.stage.replace("tuned", "scratch"))
+        if scratch != cell and scratch in cells:
+            other = cells[scratch]
+            base, _ = errors_of(other["digits"], other["read"][scratch.stage])
+            changes = model.setdefault("change", {}).setdefault(cell.stage, {})
+            changes[str(cell.seed)] = paired_bootstrap(errors, base, words)
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.experiment.arms import WIDTHS
-from bench.experiment.cells import TRAINED
+from bench.experiment.cells import TRAINED, TUNED
 from bench.experiment.measure import NOISE_LEVELS
 
 
@@ -68,6 +68,9 @@ def tables(summary: Mapping[str, Any]) -> str:
         parts += ["Storage in MB, by the bits of the branches' weights", _table(head, rows)]
     if read := summary["read"]:
         parts += ["Word error rates of digits, a speaker never heard", _words(read)]
+    if found := summary["pretraining"]:
+        parts += ["Pre-training on read speech: masked frames of utterances never heard, and word "
+                  "error rates of digits after as much training", _pretraining(found)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -131,6 +134,29 @@ def _words(read: Mapping[str, Any]) -> str:
         *(f"{s}a8" if s in ("w8", "w4", "w2") else f"{s}, trained" for s in stages),
     ]
     return _table(head, rows)
+
+
+def _pretraining(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, model in found.items():
+        seeds = sorted({seed for part in model.get("wer", {}).values() for seed in part}
+                       | model.get("accuracy", {}).keys())  # fmt: skip
+        for seed in seeds:
+            row = [name, seed]
+            row += [_percent(model.get(key, {}).get(seed)) for key in ("accuracy", "majority")]
+            for stage in TUNED:
+                text = _percent(model.get("wer", {}).get(stage, {}).get(seed))
+                if change := model.get("change", {}).get(stage, {}).get(seed):
+                    text += f" ({100 * change[1]:+.1f} to {100 * change[2]:+.1f})"
+                row.append(text)
+            rows.append(row)
+    head = ["model", "seed", "accuracy", "largest cluster", "random weights", "pre-trained",
+            "random, w4a8", "pre-trained, w4a8"]  # fmt: skip
+    return _table(head, rows)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _points(cell: Mapping[str, Any]) -> str:
