@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,21 @@ from bench.experiment.record import columns, write
 from bench.experiment.run import run_cell
 from bench.experiment.summary import errors_of, summarize
 from bench.experiment.tables import tables
+
+SMALL = {
+    name: dataclasses.replace(
+        config, hidden_size=32, position_groups=32, feed_forward_size=64, num_layers=2,
+        reduce_layer=None, recover_layer=None,
+    )
+    for name, config in CONFIGS.items()
+}  # fmt: skip
+
+
+class Here(ThreadPoolExecutor):
+    """In this process, where the models are small."""
+
+    def __init__(self, jobs: int, context: Any, **options: Any) -> None:
+        super().__init__(jobs)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +67,8 @@ def make_plan(folders: Path, out: Path) -> Plan:
 def done(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A small model through all stages, and the three of the primary endpoint measured twice."""
     plan = make_plan(folders, tmp_path_factory.mktemp("experiment"))
-    small = {
-        name: dataclasses.replace(
-            config, hidden_size=32, position_groups=32, feed_forward_size=64, num_layers=2,
-            reduce_layer=None, recover_layer=None,
-        )
-        for name, config in CONFIGS.items()
-    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.experiment.models.CONFIGS", small)
+        patch.setattr("bench.experiment.models.CONFIGS", SMALL)
         for stage in (*STAGES, PRETRAINED, *TUNED):
             run_cell(Cell("SW", 0, stage), plan)
         for seed in range(2):
@@ -127,6 +137,28 @@ def test_what_is_done_is_not_done_again(done: Plan) -> None:
     before = path.stat().st_mtime_ns
     run_cell(Cell("SW", 0, "float"), done)
     assert path.stat().st_mtime_ns == before
+
+
+def test_weights_that_are_gone_are_trained_again(done: Plan, tmp_path: Path) -> None:
+    for name in ("cells", "work"):
+        shutil.copytree(done.out.parent / name, tmp_path / name)
+    plan = dataclasses.replace(done, out=tmp_path / "cells", work=tmp_path / "work")
+    trained, cell = Cell("SW", 0, "float"), Cell("SW", 0, "w4a8")
+    before, content = read(plan, cell), plan.path(trained).read_bytes()
+    assert before["weights_sha256"] == read(plan, trained)["weights_sha256"]
+    plan.weights(trained).unlink()
+    plan.path(cell).unlink()
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.experiment.models.CONFIGS", SMALL)
+        patch.setattr("bench.experiment.grid.ProcessPoolExecutor", Here)
+        run_grid([trained, cell], plan, 1, 5.0, lambda each, found: said.append(each.name))
+    assert said == ["SW-0-float", "SW-0-w4a8"]
+    assert plan.path(trained).read_bytes() == content
+    after = read(plan, cell)
+    assert [after[key] for key in ("weights_sha256", "losses", "read")] == [
+        before[key] for key in ("weights_sha256", "losses", "read")
+    ]
 
 
 def test_a_cell_says_what_it_needs(folders: Path, tmp_path: Path) -> None:

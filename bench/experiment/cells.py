@@ -14,6 +14,8 @@ STAGES = ("float", "ptq", *TRAINED)
 # of what pre-training is worth: it comes first, and what is tuned from it needs it
 PRETRAINED, TUNED = "pretrained", ("scratch", "tuned", "scratch-w4a8", "tuned-w4a8")
 PRETRAINED_MODEL = "T"
+# their weights
+NEEDED = ("float", PRETRAINED)
 # of the models without slots, unless there are more seeds than these
 FEW_SEEDS = 3
 
@@ -45,7 +47,7 @@ class Cell:
     @property
     def needs(self) -> "Cell | None":
         """What must be done before."""
-        if self.stage in ("float", PRETRAINED) or self.stage.startswith("scratch"):
+        if self.stage in NEEDED or self.stage.startswith("scratch"):
             return None
         return Cell(self.model, self.seed, PRETRAINED if self.stage in TUNED else "float")
 

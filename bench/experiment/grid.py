@@ -19,7 +19,7 @@ def run_grid(
     minutes: float,
     report: Callable[[Cell, float | BaseException], None],
 ) -> list[Cell]:
-    """Run cells whose files are not there, each after the one it needs.
+    """Run cells whose files are not there, each after the one whose weights it needs.
 
     Args:
         cells: in order of importance.
@@ -31,7 +31,11 @@ def run_grid(
     Returns:
         The cells that are left.
     """
-    todo = [cell for cell in cells if not plan.path(cell).exists()]
+    missing = {cell for cell in cells if not plan.path(cell).exists()}
+    # weights are not kept with results: where they are gone, they are trained again
+    needed = {cell.needs for cell in missing if cell.needs is not None}
+    missing |= {cell for cell in needed if not plan.weights(cell).exists()}
+    todo = [cell for cell in cells if cell in missing]
     end, failed = time.monotonic() + 60 * minutes, list[Cell]()
     running: dict[Future[float], Cell] = {}
     # a forked process would share the threads of its parent
@@ -40,7 +44,7 @@ def run_grid(
         jobs, context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         while True:
-            ready = [c for c in todo if c.needs is None or plan.path(c.needs).exists()]
+            ready = [c for c in todo if c.needs is None or _is_whole(c.needs, plan)]
             while ready and len(running) < jobs and time.monotonic() < end:
                 cell = ready.pop(0)
                 todo.remove(cell)
@@ -52,6 +56,10 @@ def run_grid(
                 report(cell, future.result() if error is None else error)
                 if error is not None:
                     failed.append(cell)
+
+
+def _is_whole(cell: Cell, plan: Plan) -> bool:
+    return plan.path(cell).exists() and plan.weights(cell).exists()
 
 
 def _run(cell: Cell, plan: Plan) -> float:

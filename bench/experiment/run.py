@@ -1,6 +1,7 @@
 """Run one cell: train, or measure, and write its file."""
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.experiment.arms import only, spec_of, storage
-from bench.experiment.cells import PRETRAINED, TRAINED, TUNED, Cell
+from bench.experiment.cells import NEEDED, PRETRAINED, TRAINED, TUNED, Cell
 from bench.experiment.data import (
     Utterance,
     read_speech,
@@ -36,21 +37,28 @@ GAIN_EVERY = 3
 def run_cell(cell: Cell, plan: Plan) -> None:
     """Run a cell, unless its file is there, and write the file.
 
+    A cell that others need runs as well where its weights are not there; a file stays as it is.
+
     Raises:
         ValueError: where the model that the cell needs has not been trained.
     """
-    if plan.path(cell).exists():
+    weights = plan.weights(cell.needs or cell)
+    if cell.needs is not None and not weights.exists():
+        raise ValueError(f"{cell.name} needs {weights}, which {cell.needs.name} makes")
+    has_file = plan.path(cell).exists()
+    if has_file and (weights.exists() or cell.stage not in NEEDED):
         return
-    if cell.needs is not None and not plan.weights(cell.needs).exists():
-        needed = plan.weights(cell.needs)
-        raise ValueError(f"{cell.name} needs {needed}, which {cell.needs.name} makes")
     started = time.monotonic()
     stages: Mapping[str, Callable[[Cell, Plan], dict[str, Any]]] = {
         "float": _float, "ptq": _ptq, PRETRAINED: pretrain, **dict.fromkeys(TUNED, tune),
     }  # fmt: skip
     found = stages.get(cell.stage, _trained)(cell, plan)
-    about = {"cell": asdict(cell) | {"speaker": cell.speaker}, "plan": _shown(plan)}
+    about: dict[str, Any] = {"cell": asdict(cell) | {"speaker": cell.speaker}, "plan": _shown(plan)}
     about |= environment(plan.device, torch.get_num_threads(), "python -m bench.experiment run")
+    if has_file:
+        return
+    if weights.exists():
+        about["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     write(plan.path(cell), about | found | {"seconds": round(time.monotonic() - started, 1)})
 
 
