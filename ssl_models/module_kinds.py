@@ -13,12 +13,17 @@ from lowbit_kernels import QuantConfig, QuantSpec, prepare_qat, quantize
 from lowbit_kernels.fake_quant.quantizer import METHODS
 from lowbit_kernels.formats.config import DEFAULT_SKIP
 
-# what the modules that hold the layers of each kind are called; a Squeezeformer's changes of the
-# rate are convolutions and what undoes them
-_PARTS = {
+# what the residual branches of each kind are called
+BRANCHES = {
     "attention": ("attention", "self_attn", "second_attn"),
     "feed_forward": ("feed_forward", "ffn1", "ffn2"),
-    "conv": ("pos_conv_embed", "conv_module", "first_conv_module", "reduce", "recover"),
+    "conv": ("conv_module", "first_conv_module"),
+}
+# of a Squeezeformer, between layers: convolutions and what undoes them
+RATES = ("reduce", "recover")
+# all modules that hold layers of a kind
+_PARTS = BRANCHES | {
+    "conv": (*BRANCHES["conv"], "pos_conv_embed", *RATES),
     "front_end": ("feature_extractor", "feature_projection"),
 }
 MODULE_KINDS = tuple(_PARTS)

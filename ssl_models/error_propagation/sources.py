@@ -7,18 +7,11 @@ from typing import NamedTuple
 from torch import nn
 
 from lowbit_kernels.modules import QuantizedModule
+from ssl_models.module_kinds import BRANCHES, RATES
 
-# what residual branches are called, here and in transformers, by their kind
-BRANCHES = {
-    "attention": "attention",
-    "self_attn": "attention",
-    "second_attn": "attention",
-    "feed_forward": "feed_forward",
-    "ffn1": "feed_forward",
-    "ffn2": "feed_forward",
-    "fc2": "feed_forward",
-    "conv_module": "conv",
-    "first_conv_module": "conv",
+# kinds of residual branches by their names, here and in transformers; the last one is Whisper's
+_KINDS = {name: kind for kind, names in BRANCHES.items() for name in names} | {
+    "fc2": "feed_forward"
 }
 # what a branch has beside it in the block: Whisper's first layer, a Squeezeformer's scale, which
 # ``quantize`` makes part of the layer after it
@@ -29,8 +22,6 @@ _BESIDE = {
     "ffn2": "ffn2_scale",
     "conv_module": "conv_scale",
 }
-# of a Squeezeformer, between blocks
-RATES = ("reduce", "recover")
 
 _BLOCK = re.compile(r"(?:^|\.)\w*layers\.\d+$")
 _OTHER_STACKS = re.compile(r"(?:^|\.)(?:decoder|feature_extractor|adapter)(?:\.|$)")
@@ -63,7 +54,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     if not blocks:
         raise ValueError(
             "model must have blocks called layers.0, layers.1, ... with branches called "
-            f"{', '.join(BRANCHES)}, got a {type(model).__name__}"
+            f"{', '.join(_KINDS)}, got a {type(model).__name__}"
         )
     return blocks
 
@@ -78,10 +69,10 @@ def find_sources(model: nn.Module) -> tuple[Source, ...]:
     found = []
     for name, block in _blocks(model):
         for child in block._modules:
-            if child in BRANCHES:
+            if child in _KINDS:
                 parts = [part for part in (_BESIDE.get(child), child) if part in block._modules]
                 modules = tuple(f"{name}.{part}" for part in parts)
-                found.append(Source(BRANCHES[child], modules))
+                found.append(Source(_KINDS[child], modules))
     rates = [name for name, _ in model.named_modules() if name.split(".")[-1] in RATES]
     return (*found, *(Source("rate", (name,)) for name in rates))
 
@@ -94,7 +85,7 @@ def modules_of(sources: Sequence[Source]) -> tuple[str, ...]:
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         is_block = _BLOCK.search(name) and not _OTHER_STACKS.search(name)
-        if is_block and BRANCHES.keys() & module._modules.keys():
+        if is_block and _KINDS.keys() & module._modules.keys():
             yield name, module
 
 
