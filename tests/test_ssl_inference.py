@@ -23,7 +23,9 @@ from lowbit_kernels.testing import assert_as_accurate
 from ssl_models.inference import LowbitEncoder
 from ssl_models.inference.loaded import LoadedEncoder
 from ssl_models.inference.s3prl import lowbit
-from ssl_models.training.tasks import CONFIG_FILE, ENCODER_FILE, _save
+from ssl_models.objectives import CTC
+from ssl_models.objectives.ctc import LETTERS
+from ssl_models.training.tasks import CONFIG_FILE, ENCODER_FILE, HEAD_FILE, _save
 from tests.ssl_cases import SMALL, build
 
 RATE = 16_000
@@ -125,6 +127,25 @@ def test_files_are_read_and_what_cannot_be_says_why(folder, tmp_path, audios):
         rows["error"], ("b.wav", "", "no such file", "got 20 samples"), strict=True
     ):
         assert (said in error) if said else error == ""
+
+
+@pytest.mark.parametrize("write", [write_float, write_low_bit])
+def test_a_head_that_was_finetuned_reads(write, tmp_path, audios):
+    model = write(tmp_path / "model")
+    torch.manual_seed(1)
+    head = CTC(32)
+    with torch.no_grad():
+        # letters that change with the frames
+        head.head.bias.copy_(-head.head(alone(model, audios[1])).mean(0))
+    _save(head.state_dict(), tmp_path / "model" / HEAD_FILE)
+    rows = LowbitEncoder(tmp_path / "model", device="cpu")({"audio": [*audios, np.zeros(3)]})
+    for audio, text in zip(audios, rows["text"][:-1], strict=True):
+        with torch.inference_mode():
+            best = head.head(alone(model, audio)).argmax(-1).tolist()
+        merged = [b for a, b in zip([None, *best], best, strict=False) if a != b and b != 0]
+        assert text == "".join(LETTERS[b - 1] for b in merged)
+    assert rows["text"][-1] == ""
+    assert len(set(rows["text"])) > 3
 
 
 def test_wrong_audio_is_a_row_of_its_own(folder, audios):

@@ -68,7 +68,7 @@ class LowbitEncoder:
 
         Returns:
             The columns but ``audio``, and ``frames``: [T, C] each, none of them where ``error`` is
-            not empty.
+            not empty. After ``lowbit train finetune`` also ``text``.
 
         Raises:
             ValueError: without exactly one of ``path`` and ``audio``.
@@ -82,11 +82,17 @@ class LowbitEncoder:
         frames = np.empty(len(audios), dtype=object)
         for i in range(len(audios)):
             frames[i] = nothing
+        head = self.encoder.head
+        texts = [""] * len(audios)
         for indices in self._batches(audios):
             outputs, counts = self.encoder([audios[i] for i in indices])
             for i, output, count in zip(indices, outputs, counts.tolist(), strict=True):
                 frames[i] = output[:count].cpu().numpy()
-        return found | {"frames": frames, "error": np.array(errors, dtype=object)}
+            if head is not None:
+                for i, text in zip(indices, head.decode(head.head(outputs), counts), strict=True):
+                    texts[i] = text
+        found |= {"frames": frames, "error": np.array(errors, dtype=object)}
+        return found if head is None else found | {"text": np.array(texts, dtype=object)}
 
     def _read(self, source: str, column: Any) -> tuple[list[Tensor], list[str]]:
         """The audio of rows, and what is wrong with it; of that it is empty."""

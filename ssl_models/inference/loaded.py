@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lowbit_kernels import load_quantized
 from ssl_models.encoder import SpeechEncoder
-from ssl_models.training.tasks import ENCODER_FILE, load_encoder
+from ssl_models.objectives import CTC
+from ssl_models.training.tasks import ENCODER_FILE, HEAD_FILE, load_encoder
 
 # as transformers' feature extractors add it
 _EPSILON = 1e-7
@@ -25,28 +27,28 @@ class LoadedEncoder(nn.Module):
     Args:
         model: a ``SpeechEncoder``, or a model of transformers that takes waveforms.
         normalize: give each utterance zero mean and unit variance.
+        head: reads letters from frames, after fine-tuning.
     """
 
-    def __init__(self, model: nn.Module, normalize: bool) -> None:
+    def __init__(self, model: nn.Module, normalize: bool, head: CTC | None = None) -> None:
         super().__init__()
-        self.model, self.normalize = model, normalize
+        self.model, self.normalize, self.head = model, normalize, head
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Load what ``save_quantized``, ``save_pretrained`` or ``lowbit train`` has written.
 
         Audio is normalized as the feature extractor beside a transformers model says, and always
-        for a ``SpeechEncoder``, which is trained so. A model's head is left out.
+        for a ``SpeechEncoder``, which is trained so. The head of a transformers model is left out.
 
         Raises:
             CheckpointError: for a folder without such a model.
             ValueError: for a model that takes no waveforms, or has no feature extractor.
         """
-        if (folder / ENCODER_FILE).is_file():
-            return cls(load_encoder(folder).eval(), normalize=True)
-        model: Any = load_quantized(folder)
+        is_float = (folder / ENCODER_FILE).is_file()
+        model: Any = load_encoder(folder).eval() if is_float else load_quantized(folder)
         if isinstance(model, SpeechEncoder):
-            return cls(model, normalize=True)
+            return cls(model, normalize=True, head=_load_head(model, folder / HEAD_FILE))
         if getattr(model, "main_input_name", None) != "input_values":
             raise ValueError(
                 "model must be a SpeechEncoder or one of transformers that takes waveforms, "
@@ -118,3 +120,11 @@ class LoadedEncoder(nn.Module):
         if not self.normalize:
             return audio
         return (audio - audio.mean()) / (audio.var(correction=0) + _EPSILON).sqrt()
+
+
+def _load_head(model: SpeechEncoder, path: Path) -> CTC | None:
+    if not path.is_file():
+        return None
+    head = CTC(model.config.hidden_size)
+    head.load_state_dict(load_file(path))
+    return head.eval()

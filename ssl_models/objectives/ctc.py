@@ -72,11 +72,13 @@ class CTC(nn.Module):
 
     @torch.inference_mode()
     def read(self, model: nn.Module, batch: Any) -> list[str]:
-        """Greedy transcripts of a batch: best letters, repeats merged, blanks left out."""
-        logits, frames = self.logits(model, batch.waveforms, batch.lengths)
-        best = logits.argmax(-1)
+        """Greedy transcripts of a batch."""
+        return self.decode(*self.logits(model, batch.waveforms, batch.lengths))
+
+    def decode(self, logits: Tensor, frames: Tensor) -> list[str]:
+        """Best letters of logits [B, T, V + 1] in valid frames [B], repeats merged, no blanks."""
         texts = []
-        for row, count in zip(best, frames.tolist(), strict=True):
+        for row, count in zip(logits.argmax(-1), frames.tolist(), strict=True):
             numbers = torch.unique_consecutive(row[:count]).tolist()
             texts.append("".join(self.letters[n - 1] for n in numbers if n != BLANK))
         return texts

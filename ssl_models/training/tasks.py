@@ -287,15 +287,16 @@ def _export(job: Job, model: SpeechEncoder, objective: nn.Module) -> None:
     """
     state = _read_state(job)
     (job.out / CONFIG_FILE).write_text(model.config.to_json())
-    if isinstance(objective, CTC):
-        _save(_part(state, "objective."), job.out / HEAD_FILE)
+    folder = job.out if job.bits is None else job.out / LOW_BIT_FOLDER
     if job.bits is None:
-        _save(_part(state, "model."), job.out / ENCODER_FILE)
+        _save(_part(state, "model."), folder / ENCODER_FILE)
     else:
         trained = _build(job)
         trained.load_state_dict(_part(state, "model."))
         convert(trained)
-        save_quantized(trained.eval(), job.out / LOW_BIT_FOLDER)
+        save_quantized(trained.eval(), folder)
+    if isinstance(objective, CTC):
+        _save(_part(state, "objective."), folder / HEAD_FILE)
 
 
 def _read_state(job: Job) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ pytest.importorskip("sklearn")
 
 from lowbit_kernels.checkpoint import load_quantized  # noqa: E402
 from ssl_models.digits import train as digits_train  # noqa: E402
+from ssl_models.inference import LowbitEncoder  # noqa: E402
+from ssl_models.objectives.ctc import word_error_rate  # noqa: E402
 from ssl_models.training import Summary  # noqa: E402
 from ssl_models.training.tasks import load_encoder  # noqa: E402
 
@@ -64,6 +66,19 @@ def test_pretraining_writes_an_encoder_that_finetuning_takes(speech, lowbit):
     assert {p.name for p in (speech / "tuned").iterdir()} == {
         "config.json", "encoder.safetensors", "head.safetensors", "state.pt"
     }  # fmt: skip
+
+
+def test_a_finetuned_run_reads(speech, lowbit):
+    options = ("--recipe", "recipe.yaml", "--encoder", "config.json", "--test", "texts.jsonl")
+    for bits, folder in (((), "tuned"), (("--bits", 4), "tuned4/low-bit")):
+        out = folder.split("/")[0]
+        found = lowbit("train", "finetune", "texts.jsonl", out, *options, *bits, "--json")
+        assert found.code == 0
+        paths = [f"clips/{number}.wav" for number in range(3)]
+        texts = LowbitEncoder(folder, device="cpu")({"path": paths})["text"]
+        rate = word_error_rate(["one", "two", "one two"], list(texts))
+        # in float what is saved is what was judged
+        assert bits or rate == found.json["wer"]
 
 
 def test_distillation_in_low_bits_writes_a_packed_encoder(speech, lowbit):
