@@ -218,6 +218,23 @@ def test_summary_tables_and_pictures(done: Plan, tmp_path: Path) -> None:
     assert "Verdict" not in tables(summarize(some))
 
 
+def test_the_loss_of_training_in_low_bits_is_compared_among_models() -> None:
+    cells: dict[Cell, dict[str, Any]] = {}
+    # one word of two more is wrong in AC, none in AA, half of one in CC
+    for seed in range(2):
+        for model, read in (("AC", [[1, 9], [4]]), ("AA", [[1, 2], [4]]), ("CC", [[1, 2], [5]])):
+            cells[Cell(model, seed, "w2a8")] = {
+                "digits": [[1, 2], [4]], "read": {"float": [[1, 2], [4]], "w2a8": read}
+            }  # fmt: skip
+    found = summarize(cells)["trained_drop"]
+    # (1/2 + 0) / 2 less the mean of 0 and (0 + 1) / 2
+    assert found["w2a8"]["replicates"] == pytest.approx([0.0, 0.0])
+    cells[Cell("AC", 1, "w2a8")]["read"]["w2a8"] = [[8, 9], [4]]
+    found = summarize(cells)["trained_drop"]
+    assert found["w2a8"]["replicates"] == pytest.approx([0.0, 0.25])
+    assert set(found) == {"w2a8"}
+
+
 def test_what_pretraining_is_worth_is_reported(done: Plan) -> None:
     found = summarize(read_cells(done.out))["pretraining"]["SW"]
     pretrained = read(done, Cell("SW", 0, PRETRAINED))

@@ -57,6 +57,7 @@ def summarize(cells: Mapping[Cell, Content]) -> dict[str, Any]:
             if cell.stage == "float"
         },
         "read": _read(cells),
+        "trained_drop": _trained_drop(cells),
         "pretraining": _pretraining(cells),
     }
 
@@ -213,6 +214,33 @@ def _read(cells: Mapping[Cell, Content]) -> dict[str, Any]:
                 "trained": cell.stage in TRAINED,
             }  # fmt: skip
     return found
+
+
+def _trained_drop(cells: Mapping[Cell, Content]) -> dict[str, Any]:
+    """What quantization-aware training loses: word errors of AC over the mean of AA and CC.
+
+    Errors a word, of each string, more than the float model makes.
+    """
+    found: dict[str, Any] = {}
+    for stage in TRAINED:
+        drops = {
+            (cell.model, cell.seed): _drop(content, stage)
+            for cell, content in cells.items()
+            if cell.stage == stage
+        }
+        models = ("AC", "AA", "CC")
+        seeds = sorted({seed for _, seed in drops})
+        whole = [seed for seed in seeds if all((model, seed) in drops for model in models)]
+        if len(whole) > 1:
+            parts = [[drops[model, seed] for seed in whole] for model in models]
+            found[stage] = asdict(estimate(mixing(*parts)))
+    return found
+
+
+def _drop(content: Content, stage: str) -> Values:
+    base, _ = errors_of(content["digits"], content["read"]["float"])
+    errors, words = errors_of(content["digits"], content["read"][stage])
+    return (errors - base) / words
 
 
 def _pretraining(cells: Mapping[Cell, Content]) -> dict[str, Any]:

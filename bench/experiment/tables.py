@@ -68,6 +68,18 @@ def tables(summary: Mapping[str, Any]) -> str:
         parts += ["Storage in MB, by the bits of the branches' weights", _table(head, rows)]
     if read := summary["read"]:
         parts += ["Word error rates of digits, a speaker never heard", _words(read)]
+    if found := summary["trained_drop"]:
+        rows = [
+            [
+                stage, f"{each['mean']:+.1%}", ", ".join(f"{v:+.1%}" for v in each["replicates"]),
+                *(f"{low:+.1%} to {high:+.1%}"
+                  for low, high in (each["t_interval"], each["bootstrap_interval"])),
+            ]
+            for stage, each in found.items()
+        ]  # fmt: skip
+        head = ["trained", "AC over AA and CC", "replicates", "t interval", "bootstrap interval"]
+        parts += ["What training in low bits loses, in errors a word of each string: AC over the "
+                  "mean of AA and CC", _table(head, rows)]  # fmt: skip
     if found := summary["pretraining"]:
         parts += ["Pre-training on read speech: masked frames of utterances never heard, and word "
                   "error rates of digits after as much training", _pretraining(found)]  # fmt: skip
