@@ -148,6 +148,12 @@ def test_a_head_that_was_finetuned_reads(write, tmp_path, audios):
     assert len(set(rows["text"])) > 3
 
 
+def test_a_head_of_another_vocabulary_is_refused(folder):
+    _save(CTC(32, "abc").state_dict(), folder / HEAD_FILE)
+    with pytest.raises(ValueError, match="must be a head of 32 features and the letters"):
+        LoadedEncoder.load(folder)
+
+
 def test_wrong_audio_is_a_row_of_its_own(folder, audios):
     wrong = [np.full(900, np.nan, np.float32), np.zeros((2, 900), np.float32), "noise", audios[0]]
     rows = LowbitEncoder(folder, device="cpu")({"audio": wrong})

@@ -43,7 +43,8 @@ class LoadedEncoder(nn.Module):
 
         Raises:
             CheckpointError: for a folder without such a model.
-            ValueError: for a model that takes no waveforms, or has no feature extractor.
+            ValueError: for a model that takes no waveforms, or has no feature extractor; or a head
+                of another size or vocabulary.
         """
         is_float = (folder / ENCODER_FILE).is_file()
         model: Any = load_encoder(folder).eval() if is_float else load_quantized(folder)
@@ -126,5 +127,9 @@ def _load_head(model: SpeechEncoder, path: Path) -> CTC | None:
     if not path.is_file():
         return None
     head = CTC(model.config.hidden_size)
-    head.load_state_dict(load_file(path))
+    try:
+        head.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        wanted = f"{model.config.hidden_size} features and the letters {head.letters!r}"
+        raise ValueError(f"{path} must be a head of {wanted}: {error}") from None
     return head.eval()
