@@ -1,6 +1,7 @@
 """What is read from a disassembly, the arithmetic on it, and the tables that are kept."""
 
 import ast
+import concurrent.futures
 import json
 import os
 import re
@@ -322,12 +323,37 @@ def test_tables_are_written_read_and_compared(tmp_path):
     assert changed["spill"] == "0"
 
 
+def test_halves_of_the_cases_are_all_of_them(monkeypatch, tmp_path):
+    compiled = []
+
+    class Here(concurrent.futures.Executor):
+        def __init__(self, jobs):
+            pass
+
+        def submit(self, function, target, index, part):
+            compiled.append(index)
+            done = concurrent.futures.Future()
+            done.set_result(row() | {"compile_seconds": 0})
+            return done
+
+    for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Here)
+    for part in ("1/2", "2/2"):
+        assert command.main(["--target", "sm_90", "--part", part, "--results", str(tmp_path)]) == 0
+    assert sorted(compiled) == list(range(len(load_cases("sm_90", ""))))
+    assert compiled != sorted(compiled)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--target", "sm_70"], "sm_70"),
         (["--kernel", "nothing", "--target", "sm_90"], "'nothing'"),
         (["--kernel", "linear", "--target", "sm_90", "--against", "1.0"], "Triton 1.0"),
+        (["--target", "sm_90", "--part", "1/2"], "add --results"),
+        (["--part", "3/2"], "'3/2'"),
+        (["--part", "half"], "'half'"),
     ],
 )
 def test_wrong_commands(arguments, told, capsys, monkeypatch):

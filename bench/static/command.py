@@ -17,6 +17,7 @@ from bench.static.compile import Row, compile_case
 from bench.static.gpus import GPUS
 from bench.static.table import RESOURCES, cells, read_table, write_table
 
+KEPT = RESULTS / "static"
 # beyond as many, cases are lines and not columns, of which these have room
 MAX_SIDE_BY_SIDE = 6
 SHORT = ("case", "registers", "spill", "programs", "loop", *RESOURCES, "best", "fill")
@@ -38,12 +39,24 @@ def parser() -> argparse.ArgumentParser:
         "--kernel", default="", help="show the cases with this in their name, keep no table"
     )
     parser.add_argument(
+        "--part", default="1/1", metavar="I/N", type=_part,
+        help="every N-th case from the I-th on: neighbors are variants of one kernel",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", default="", metavar="TRITON", help="kept table to compare with"
     )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS / "static", help="folder of the tables"
-    )
+    parser.add_argument("--results", type=Path, default=KEPT, help="folder of the tables")
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise argparse.ArgumentTypeError(f"must be like 1/2, got {text!r}")
+    first, step = map(int, numbers)
+    if not 1 <= first <= step:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
+    return first, step
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,10 +67,14 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     import triton
 
+    first, step = options.part
+    if step > 1 and not options.kernel and options.results == KEPT:
+        print("bench: a part of the cases makes no table to keep: add --results", file=sys.stderr)
+        return 2
     jobs = [
         (target, i)
         for target in options.target
-        for i in range(len(load_cases(target, options.kernel)))
+        for i in range(first - 1, len(load_cases(target, options.kernel)), step)
     ]
     if not jobs:
         print(f"bench: no case has {options.kernel!r} in its name", file=sys.stderr)
