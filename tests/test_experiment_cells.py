@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from typer.testing import CliRunner
 
-from bench.experiment.__main__ import read_cells
+from bench.experiment.__main__ import app, read_cells
 from bench.experiment.cells import PRETRAINED, STAGES, TUNED, Cell, all_cells
 from bench.experiment.grid import run_grid
 from bench.experiment.models import CONFIGS
 from bench.experiment.plan import Plan
-from bench.experiment.plots import draw_all
-from bench.experiment.record import columns, write
+from bench.experiment.record import columns
 from bench.experiment.run import run_cell
 from bench.experiment.summary import errors_of, summarize
 from bench.experiment.tables import tables
@@ -202,13 +202,14 @@ def test_summary_tables_and_pictures(done: Plan, tmp_path: Path) -> None:
         "conv fragile, not mixing",
     )
     assert summary["models"]["SW"]["checks"]["same_noise_twice_db"] == pytest.approx(3.01, abs=0.05)
-    write(tmp_path / "summary.json", summary)
-    paths = draw_all(summary, cells, tmp_path)
-    assert [path.name for path in paths] == [
-        "mixing.png", "blocks.png", "branches.png", "word_errors.png",
-    ]  # fmt: skip
-    assert all(path.stat().st_size > 10_000 for path in paths)
-    text = tables(summary)
+    result = CliRunner().invoke(app, ["report", "--out", str(done.out), "--plots", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "Checks of the measures" in result.output
+    for name in ("mixing.png", "blocks.png", "branches.png", "word_errors.png"):
+        assert (tmp_path / name).stat().st_size > 10_000, name
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["mixing"]["w4"]["mean"] == each["mean"]
+    text = (tmp_path / "tables.md").read_text()
     assert f"Verdict: **{summary['mixing']['verdict']}**" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(row.count("|") > 4 for row in rows)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.status import Status
 
 from bench.experiment.cells import FEW_SEEDS, Cell, all_cells
@@ -111,7 +112,7 @@ def report(
         console.print(f"drawn {path}")
     text = tables(summary) + real_tables(summarize_real(real))
     (folder / "tables.md").write_text(text)
-    console.print(text)
+    console.print(Markdown(text))
 
 
 def read_cells(out: Path) -> dict[Cell, dict[str, object]]:
