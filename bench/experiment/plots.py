@@ -176,7 +176,7 @@ def _read(read: Mapping[str, Any]) -> Any:
         frameon=False,
         ncols=len(read),
         loc="lower center",
-        bbox_to_anchor=(0.5, -0.34),
+        bbox_to_anchor=(0.5, -0.28),
         fontsize=8.5,
         columnspacing=1.2,
     )

@@ -43,14 +43,16 @@ def tables(summary: Mapping[str, Any]) -> str:
                     [
                         name, f"w{bits}a8", *(f"{value:.1f}" for value in numbers),
                         f"{each['ratio']:.2f}", f"{each['interaction']:.2f}",
-                        f"{each['disagreement']:.1%}",
+                        f"{each['disagreement']:.1%}", _decibels(each, "attention_matmuls_nsr_db"),
                     ]
                 )  # fmt: skip
         head = ["model", "arm", "error, dB", "Gaussian of the same size", "account over error",
-                "front end alone", "R", "interaction", "other tokens"]  # fmt: skip
+                "front end alone", "R", "interaction", "other tokens",
+                "products of attention alone"]  # fmt: skip
         parts += [
             "Error after the last block, all branches quantized, in dB; its account is the sum of "
-            "each branch's own error times its gain",
+            "each branch's own error times its gain. Beside them the front end alone, and the "
+            "products of attention alone in as many bits, as BiT-LA starts to train them",
             _table(head, rows),
         ]
         parts += ["Each kind of branch: own error at 4 bits, the same on the quantized model's "
@@ -169,6 +171,10 @@ def _pretraining(found: Mapping[str, Any]) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
+
+
+def _decibels(found: Mapping[str, Any], key: str) -> str:
+    return f"{found[key]:.1f}" if key in found else ""
 
 
 def _points(cell: Mapping[str, Any]) -> str:
